@@ -1,0 +1,59 @@
+"""What can go wrong. Receives nothing; every room raises one of these three kinds, and only these.
+
+A rule bug is ours, a model limit is the model's, a user mistake is the caller's. Each says what, where, why and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import ClassVar
+
+
+class GraphpruneError(Exception):
+    """The base of all errors: what went wrong, then where (``at``), ``why``, and the ``fix``, a line each."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, what: str, *, at: str | None = None, why: str | None = None, fix: str | None = None) -> None:
+        super().__init__(what)
+        self.what, self.at, self.why, self.fix = what, at, why, fix
+
+    def __str__(self) -> str:
+        details = (("at", self.at), ("why", self.why), ("fix", self.fix))
+        return "\n".join([self.what, *(_detail(label, text) for label, text in details if text)])
+
+
+class RuleBug(GraphpruneError):
+    """A rule of graphprune broke its own law."""
+
+
+class ModelLimit(GraphpruneError):
+    """The model cannot be handled: not exportable, no such group, a budget out of reach."""
+
+
+class UserMistake(GraphpruneError):
+    """A bad ratio, an unknown method, a path that is not there."""
+
+    exit_code: ClassVar[int] = 2
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """The valid choices nearest to ``name``, as a hint: “did you mean wanda?”, or all of them when none is near."""
+    known = sorted(set(choices))
+    close = get_close_matches(name, known, n=3, cutoff=0.6)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"choose one of {', '.join(known)}" if known else "there is none to choose from"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error, to quote as the reason."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _detail(label: str, text: str) -> str:
+    """One labelled line; further lines of the text are indented under it."""
+    indent = "\n" + " " * 7
+    return f"  {label:<4} " + indent.join(text.splitlines())
