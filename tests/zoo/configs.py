@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -37,6 +38,7 @@ MAPPINGS = {
     ),
 }
 FAMILIES = tuple(MAPPINGS)
+ROLES = {"causal": {"is_decoder": True}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +71,20 @@ def build(model_type: str, family: str, seed: int = 0) -> Entry:
     if family == "all":
         family = next(each for each in FAMILIES if model_type in class_names(each))
     special = SPECIAL[family].get(model_type, Special())
-    config = shrunken(CONFIG_MAPPING[model_type], special.config)
-    model = construct(getattr(transformers, class_names(family)[model_type]), config, special, seed)
+    cls = getattr(transformers, special.cls or class_names(family)[model_type])
+    config = shrunken(CONFIG_MAPPING[model_type], ROLES.get(family, {}), special.config)
+    model = construct(cls, config_of(cls, config), special, seed)
     sharpen(model, seed, special.gain)
     inputs = example_inputs(model, family, seed)
     changed: Mapping[str, Any] = special.inputs(model) if special.inputs else {}
     return Entry(model_type, family, model, {k: v for k, v in {**inputs, **changed}.items() if v is not None})
+
+
+def config_of(cls: Any, config: PreTrainedConfig) -> PreTrainedConfig:
+    """The part of a composite config that the class is built from, as the auto classes choose it."""
+    parts = [getattr(config, name) for name in config.sub_configs]
+    fits = [part for part in parts if part is not None and type(part) is cls.config_class]
+    return config if isinstance(config, cls.config_class) or not fits else fits[0]
 
 
 def construct(cls: Any, config: Any, special: Special, seed: int) -> nn.Module:
