@@ -1,0 +1,267 @@
+"""Trace in, Axes out: walk the graph once, let every op state its equations, read off what is left free."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.axes import Axis, Factor
+from graphprune.errors import RuleBug
+from graphprune.rules import Literal, Op, Typed, Use, find_rule
+from graphprune.trace import Trace
+from graphprune.unify import Conflict, Link, Reason, Solver, Variable, resolve
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedUse:
+    """A ``Use`` with its axis solved: the role of some factors of one operand dimension in one contraction."""
+
+    node: fx.Node
+    operand: fx.Node
+    dim: int
+    role: str
+    axis: Axis
+    joint: bool
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The solution of the axis analysis: the type of every tensor in the graph, and why each factor is what it is.
+
+    ``tensors`` maps parameter, buffer and constant names to one Axis a dimension, ``nodes`` maps every fx node to the axes of
+    its value (a tuple of them for several outputs), ``literals`` the literal arguments that are sizes.
+    """
+
+    trace: Trace
+    tensors: Mapping[str, tuple[Axis, ...]]
+    nodes: Mapping[fx.Node, Any]
+    uses: tuple[ResolvedUse, ...]
+    literals: Mapping[fx.Node, tuple[tuple[Literal, ...], Any]]
+    pins: Mapping[Factor, tuple[Reason, ...]]
+    renormalised: Mapping[Factor, tuple[Reason, ...]]
+    links: tuple[Link, ...]
+    origins: Mapping[tuple[str, int], Variable]
+    pinned: Mapping[int, tuple[Variable, Reason]]
+
+    def factors(self) -> frozenset[Factor]:
+        """Every factor on any parameter, buffer or constant."""
+        return frozenset(f for axes in self.tensors.values() for axis in axes for f in axis.factors)
+
+
+def propagate(trace: Trace, *, open_ends: bool = False) -> Axes:
+    """Solve for the axis expression of every tensor of ``trace``.
+
+    Model inputs and outputs are frozen (``open_ends`` leaves them free, which is how a single op is studied). An op without
+    a rule freezes everything that touches it. Raises RuleBug when a rule breaks the shapes of its op.
+    """
+    walk = _Walk(trace, open_ends)
+    for node in trace.graph.nodes:
+        walk.visit(node)
+    return walk.solution()
+
+
+class _Walk:
+    def __init__(self, trace: Trace, open_ends: bool) -> None:
+        self.trace = trace
+        self.open_ends = open_ends
+        self.solver = Solver()
+        self.values: dict[fx.Node, Any] = {}
+        self.named: dict[str, Typed] = {}
+        self.origins: dict[tuple[str, int], Variable] = {}
+        self.active: set[fx.Node] = set()
+        self.uses: list[Use] = []
+        self.literals: dict[fx.Node, tuple[list[Literal], Any]] = {}
+
+    def visit(self, node: fx.Node) -> None:
+        if any(operand in self.active for operand in node.all_input_nodes) or node.name in self.trace.inputs:
+            self.active.add(node)
+        if node.op == "placeholder":
+            self.values[node] = self._placeholder(node)
+        elif node.op == "output":
+            self._output(node)
+        elif node.op == "call_function":
+            self.values[node] = self._own(self._call(node), node)
+
+    def _placeholder(self, node: fx.Node) -> Any:
+        tensor = self.trace.tensors.get(node.name)
+        if tensor is not None:
+            if tensor.name not in self.named:
+                axes = tuple(self.solver.fresh(size) for size in tensor.shape)
+                self.named[tensor.name] = Typed(axes)
+                self.origins |= {(tensor.name, dim): axis[0][0] for dim, axis in enumerate(axes) if axis[0]}
+            return self._own(self.named[tensor.name], node)
+        if not isinstance(node.meta.get("val"), Tensor):
+            return node.meta.get("val")
+        typed = Typed(tuple(self.solver.fresh(int(size)) for size in node.meta["val"].shape))
+        if not self.open_ends:
+            self._pin(typed, Reason("model input", node))
+        return self._own(typed, node)
+
+    def _output(self, node: fx.Node) -> None:
+        for operand in node.all_input_nodes if not self.open_ends else []:
+            for typed in _each(self.values.get(operand)):
+                self._pin(typed, Reason("model output", operand))
+
+    def _call(self, node: fx.Node) -> Any:
+        if getattr(node.target, "__name__", "") == "getitem":
+            return self._part(node)
+        shapes = _shapes(node.meta.get("val"))
+        rule = find_rule(node.target)
+        if shapes is None:
+            return None
+        if rule is None:
+            return self._freeze(node, f"no rule for {node.target}")
+        op = Op(self.solver, node, self._arguments(node), shapes)
+        try:
+            result = rule(op)
+        except Conflict as conflict:
+            return self._freeze(node, f"{node.target}: {conflict}")
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            error.add_note(f"in the rule of {node.target} at {source_line(node)}")
+            raise RuleBug(f"the rule of {node.target} failed: {error!r}") from error
+        self.uses += op.uses
+        if op.literals:
+            self.literals[node] = (op.literals, op.becomes)
+        self._check(node, result, shapes)
+        self._in_place(op, result)
+        return result
+
+    def _part(self, node: fx.Node) -> Any:
+        whole, index = self.values.get(node.args[0]), node.args[1]  # type: ignore[arg-type]
+        return whole[index] if isinstance(whole, tuple | list) else whole
+
+    def _arguments(self, node: fx.Node) -> dict[str, Any]:
+        """Arguments by schema name, defaults filled in, nodes replaced by what they stand for."""
+        schema = node.target._schema.arguments  # type: ignore[union-attr]
+        given = dict(zip((argument.name for argument in schema), node.args, strict=False)) | dict(node.kwargs)
+        defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+        return {name: _replace(value, self._value) for name, value in (defaults | given).items()}
+
+    def _value(self, node: fx.Node) -> Any:
+        value = self.values.get(node)
+        return value if value is not None else _number(node.meta.get("val"))
+
+    def _freeze(self, node: fx.Node, why: str) -> Any:
+        reason = Reason(why, node)
+        for operand in node.all_input_nodes:
+            for typed in _each(self.values.get(operand)):
+                self._pin(typed, reason)
+        shapes = _shapes(node.meta.get("val"))
+        if shapes is None:
+            return None
+        frozen = [self._frozen(shape, reason) for shape in ([shapes] if _single(shapes) else shapes)]
+        return frozen[0] if _single(shapes) else tuple(frozen)
+
+    def _frozen(self, shape: tuple[int, ...], reason: Reason) -> Typed:
+        typed = Typed(tuple(self.solver.fresh(size) for size in shape))
+        self._pin(typed, reason)
+        return typed
+
+    def _pin(self, typed: Typed, reason: Reason) -> None:
+        for axis in typed.axes:
+            self.solver.pin(axis, reason)
+
+    def _own(self, result: Any, node: fx.Node) -> Any:
+        """Mark whose value a Typed is, and whether it depends on the inputs."""
+        if isinstance(result, Typed):
+            return replace(result, source=node, activation=node in self.active)
+        return tuple(self._own(part, node) for part in result) if isinstance(result, tuple | list) else result
+
+    def _check(self, node: fx.Node, result: Any, shapes: Any) -> None:
+        expected = [shapes] if _single(shapes) else list(shapes)
+        for typed, shape in zip(_each(result), expected, strict=False):
+            if tuple(Op.length(axis) for axis in typed.axes) != shape:
+                raise RuleBug(f"the rule of {node.target} gives {typed.axes} where the op gives {shape}")
+
+    def _in_place(self, op: Op, result: Any) -> None:
+        if str(op.node.target._schema.name).endswith("_") and isinstance(op.get("self"), Typed) and isinstance(result, Typed):  # type: ignore[union-attr]
+            for axis, other in zip(op["self"].axes, result.axes, strict=False):
+                op.equal(axis, other)
+
+    # ── reading the solution ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def solution(self) -> Axes:
+        pins: dict[Factor, list[Reason]] = defaultdict(list)
+        soft: dict[Factor, list[Reason]] = defaultdict(list)
+        for variable in self.solver.variables:
+            if variable.meaning is None:
+                factor = Factor(variable.id, variable.size)
+                pins[factor] += variable.pins
+                soft[factor] += variable.renormalised
+        return Axes(
+            trace=self.trace,
+            tensors={name: tuple(map(resolve, typed.axes)) for name, typed in self.named.items()},
+            nodes={node: _resolved(value) for node, value in self.values.items()},
+            uses=tuple(ResolvedUse(u.node, u.operand, u.dim, u.role, resolve(u.axis), u.joint) for u in self.uses),
+            literals={node: (tuple(map(_literal, found)), becomes) for node, (found, becomes) in self.literals.items()},
+            pins={factor: tuple(reasons) for factor, reasons in pins.items() if reasons},
+            renormalised={factor: tuple(reasons) for factor, reasons in soft.items() if reasons},
+            links=tuple(self.solver.links),
+            origins=self.origins,
+            pinned=self.solver.pinned,
+        )
+
+
+def source_line(node: fx.Node) -> str:
+    """The model's own source line behind a node: ``modeling_x.py:41  q = self.q(x)``."""
+    frames = (node.meta.get("stack_trace") or "").strip().split('File "')[1:]
+    own = [frame for frame in frames if "/torch/" not in frame.split('"')[0]] or frames
+    if not own:
+        return node.name
+    head, _, code = own[-1].partition("\n")
+    path, _, rest = head.partition('", line ')
+    return f"{path.rpartition('/')[2]}:{rest.split(',')[0]}  {code.strip().splitlines()[0] if code.strip() else ''}".rstrip()
+
+
+def _literal(literal: Literal) -> Literal:
+    axes = literal.axes
+    if literal.meaning == "sizes":
+        return replace(literal, axes=tuple(map(resolve, axes)))
+    return literal if literal.meaning == "constant" else replace(literal, axes=resolve(axes))
+
+
+def _resolved(value: Any) -> Any:
+    if isinstance(value, Typed):
+        return tuple(map(resolve, value.axes))
+    return tuple(map(_resolved, value)) if isinstance(value, tuple | list) else None
+
+
+def _each(value: Any) -> Iterator[Typed]:
+    if isinstance(value, Typed):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _each(part)
+
+
+def _single(shapes: Any) -> bool:
+    return all(isinstance(size, int) for size in shapes)
+
+
+def _shapes(value: Any) -> Any:
+    """The shape of a node's value, one for each of several tensors, None where there is no tensor."""
+    if isinstance(value, Tensor):
+        return tuple(_number(size) for size in value.shape)
+    if isinstance(value, tuple | list) and any(isinstance(part, Tensor) for part in value):
+        return tuple(_shapes(part) if isinstance(part, Tensor) else () for part in value)
+    return None
+
+
+def _number(value: Any) -> Any:
+    """A symbolic size as the number it was traced with."""
+    if isinstance(value, torch.SymInt):
+        return value.node.hint if value.node.hint is not None else int(value)
+    return value
+
+
+def _replace(value: Any, lookup: Any) -> Any:
+    if isinstance(value, fx.Node):
+        return lookup(value)
+    if isinstance(value, tuple | list):
+        return [_replace(part, lookup) for part in value]
+    return value

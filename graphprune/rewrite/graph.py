@@ -1,0 +1,158 @@
+"""Axes and what each factor keeps in, the smaller computation out: tensors sliced, every literal that was a size re-derived.
+
+Always possible, whatever Python attributes a model hides its sizes in; it is the reference every other emitter is held to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from graphprune.axes import Axis, Keep
+from graphprune.propagate import Axes
+from graphprune.rules import Literal
+from graphprune.trace import Trace
+
+
+def cut(tensor: Tensor, axes: tuple[Axis, ...], keep: Keep) -> Tensor:
+    """The slice of ``tensor`` that survives; the tensor itself where nothing on it shrinks."""
+    for dim, axis in enumerate(axes):
+        if not axis.factors.isdisjoint(keep):
+            tensor = tensor.index_select(dim, torch.tensor(axis.kept(keep), device=tensor.device))
+    return tensor
+
+
+def cut_all(axes: Axes, tensors: Mapping[str, Tensor], keep: Keep) -> dict[str, Tensor]:
+    """Every traced tensor, cut."""
+    return {name: cut(tensor, axes.tensors[name], keep) for name, tensor in tensors.items()}
+
+
+def resized_graph(axes: Axes, keep: Keep) -> fx.Graph:
+    """A copy of the traced graph whose literal sizes fit the cut tensors."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in axes.trace.graph.nodes:
+        if node.op == "output":
+            graph.output(fx.map_arg(node.args[0], copies.__getitem__))
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            _follow(axes, node, copies[node], keep)
+    return graph
+
+
+def _follow(axes: Axes, node: fx.Node, copy: fx.Node, keep: Keep) -> None:
+    literals, becomes = axes.literals.get(node, ((), None))
+    changed = {lit.name: new for lit in literals if (new := _followed(axes, node, lit, keep)) is not None}
+    if not changed:
+        return
+    arguments = _bound(node.target, copy) | changed
+    copy.target = becomes or node.target
+    wanted = [argument.name for argument in copy.target._schema.arguments]  # type: ignore[union-attr]
+    copy.args, copy.kwargs = (), {name: arguments[name] for name in wanted if name in arguments}
+    _positional(copy)
+
+
+def _bound(target: Any, node: fx.Node) -> dict[str, Any]:
+    names = [argument.name for argument in target._schema.arguments]
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
+def _positional(node: fx.Node) -> None:
+    """Arguments named ``self`` cannot be keywords of an fx call; leading arguments go by position."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    args: list[Any] = []
+    kwargs = dict(node.kwargs)
+    for argument in schema:
+        if argument.kwarg_only or argument.name not in kwargs:
+            break
+        args.append(kwargs.pop(argument.name))
+    node.args, node.kwargs = tuple(args), kwargs
+
+
+def _followed(axes: Axes, node: fx.Node, literal: Literal, keep: Keep) -> Any:
+    """The literal's new value, None where it stays."""
+    if literal.meaning == "constant":
+        return literal.axes if _touched(axes, node, keep) else None
+    if literal.meaning == "sizes":
+        return _sizes(node, literal, keep)
+    if literal.axes.factors.isdisjoint(keep):
+        return None
+    if literal.meaning == "size":
+        return literal.axes.resized(keep)
+    position = _bound(node.target, node).get(literal.name)
+    return _position(position, literal.axes, keep)
+
+
+def _touched(axes: Axes, node: fx.Node, keep: Keep) -> bool:
+    operands = (axes.nodes[operand] for operand in node.all_input_nodes)
+    return any(not axis.factors.isdisjoint(keep) for operand in operands for axis in operand if isinstance(axis, Axis))
+
+
+def _sizes(node: fx.Node, literal: Literal, keep: Keep) -> list[Any] | None:
+    """A list of sizes: integers follow their axes, -1 and symbolic sizes take care of themselves."""
+    given = _bound(node.target, node).get(literal.name)
+    if all(axis.factors.isdisjoint(keep) for axis in literal.axes):
+        return None
+    if not isinstance(given, list | tuple):
+        given = [axis.size for axis in literal.axes]
+    return [
+        size if not isinstance(size, int) or size == -1 or axis.factors.isdisjoint(keep) else axis.resized(keep)
+        for size, axis in zip(given, literal.axes, strict=True)
+    ]
+
+
+def _position(position: Any, axis: Axis, keep: Keep) -> Any:
+    """How many survivors lie before a position; positions from the end and past it keep their meaning."""
+    if not isinstance(position, int) or position >= axis.size:
+        return None
+    front = max(0, position + axis.size) if position < 0 else position
+    return sum(index < front for index in axis.kept(keep))
+
+
+class PrunedGraph(nn.Module):
+    """The smaller model as a graph: parameters and buffers under their original names, called like the original."""
+
+    def __init__(self, trace: Trace, graph: fx.Graph, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.trace = trace
+        root = nn.Module()
+        for node in list(graph.nodes):
+            traced = trace.tensors.get(node.name) if node.op == "placeholder" else None
+            if traced is not None:
+                _attach(root, traced.name, tensors[traced.name], traced.kind == "parameter")
+                with graph.inserting_before(node):
+                    node.replace_all_uses_with(graph.get_attr(traced.name))
+                graph.erase_node(node)
+        self.body = fx.GraphModule(root, graph)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's signature."""
+        order = pytree.tree_unflatten([None] * self.trace.in_spec.num_leaves, self.trace.in_spec)[1]
+        flat = pytree.tree_leaves((args, {name: kwargs[name] for name in order if name in kwargs}))
+        return pytree.tree_unflatten(list(pytree.tree_leaves(self.body(*flat))), self.trace.out_spec)
+
+
+def _attach(root: nn.Module, name: str, tensor: Tensor, trainable: bool) -> None:
+    *path, leaf = name.split(".")
+    for part in path:
+        if not hasattr(root, part):
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    if hasattr(root, leaf):
+        return
+    if trainable:
+        root.register_parameter(leaf, nn.Parameter(tensor.detach(), requires_grad=tensor.is_floating_point()))
+    else:
+        root.register_buffer(leaf, tensor)
+
+
+def emit_graph(axes: Axes, tensors: Mapping[str, Tensor], keep: Keep) -> PrunedGraph:
+    """The smaller model as a graph module that takes what the original takes. ``torch.export`` saves it as ``.pt2``."""
+    return PrunedGraph(axes.trace, resized_graph(axes, keep), cut_all(axes, tensors, keep))
+
+
+

@@ -1,0 +1,145 @@
+"""Products that sum over a shared axis: linear layers, matrix products, einsum, attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from graphprune.rules.table import Op, Typed, aten, rule
+from graphprune.unify import Expression
+
+ELLIPSIS = "..."
+
+
+def contraction(op: Op, terms: Sequence[Sequence[str]], out: Sequence[str], operands: Sequence[Typed]) -> Typed:
+    """Axis facts of an einsum: one letter is one axis, a letter that the output lacks is contracted.
+
+    ``...`` stands for leading dimensions that broadcast. An operand without a contracted letter is a bias.
+    """
+    named = [_named(term, operand) for term, operand in zip(terms, operands, strict=True)]
+    places = _expand(out, max((sum(name.startswith(ELLIPSIS) for name in row) for row in named), default=0))
+    letters = _letters(op, named, operands, dict(zip(places, op.shape, strict=True)))
+    contracted = {name for row in named for name in row} - set(places)
+    factors = [(row, operand) for row, operand in zip(named, operands, strict=True) if contracted & set(row)]
+    joint = op.joint(*(operand for _, operand in factors))
+    for row, operand in factors:
+        others = {name for other, _ in factors if other is not row for name in other}
+        for dim, name in enumerate(row):
+            role = "contracted" if name in contracted else "batch" if name in others else "free"
+            op.use(operand, dim, role, joint=joint)
+    return Typed(tuple(letters[name] for name in places))
+
+
+def _named(term: Sequence[str], operand: Typed) -> list[str]:
+    return _expand(term, len(operand.axes) - sum(name != ELLIPSIS for name in term))
+
+
+def _expand(term: Sequence[str], count: int) -> list[str]:
+    """Replace the ellipsis by ``count`` names, numbered from the right so that they align."""
+    spread = [f"{ELLIPSIS}{place}" for place in range(count, 0, -1)]
+    return [name for item in term for name in (spread if item == ELLIPSIS else [item])]
+
+
+def _letters(op: Op, named: list[list[str]], operands: Sequence[Typed], sizes: dict[str, int]) -> dict[str, Expression]:
+    """One axis for each letter: all the operands' dimensions of that name, those of size one stretched."""
+    letters: dict[str, Expression] = {}
+    for name in dict.fromkeys(name for row in named for name in row):
+        found = [operand.axes[row.index(name)] for row, operand in zip(named, operands, strict=True) if name in row]
+        size = sizes.get(name) or max(op.length(axis) for axis in found)
+        letters[name] = op.broadcast([Typed((axis,)) for axis in found], (size,))[0]
+        _diagonal(op, name, named, operands)
+    return letters
+
+
+def _diagonal(op: Op, name: str, named: list[list[str]], operands: Sequence[Typed]) -> None:
+    """A letter twice in one operand takes its diagonal: the two dimensions are one axis."""
+    for row, operand in zip(named, operands, strict=True):
+        places = [dim for dim, other in enumerate(row) if other == name]
+        for dim in places[1:]:
+            op.equal(operand.axes[places[0]], operand.axes[dim])
+
+
+def equation(text: str, *operations: Any, operands: Sequence[str]) -> None:
+    """Register operations whose axis facts are one einsum, with their tensor arguments by schema name."""
+    left, right = text.split("->")
+    terms = [term.split() for term in left.split(",")]
+
+    def product(op: Op) -> Typed:
+        present = [(term, op.get(name)) for term, name in zip(terms, operands, strict=True)]
+        given = [(term, operand) for term, operand in present if operand is not None]
+        return contraction(op, [term for term, _ in given], right.split(), [operand for _, operand in given])
+
+    product.__name__ = f"equation {text}"
+    rule(*operations)(product)
+
+
+equation("... i, o i, o -> ... o", aten.linear, operands=("input", "weight", "bias"))
+equation("i k, k j -> i j", aten.mm, operands=("self", "mat2"))
+equation("b i k, b k j -> b i j", aten.bmm, operands=("self", "mat2"))
+equation("i k, k -> i", aten.mv, operands=("self", "vec"))
+equation("k, k -> ", aten.dot, aten.vdot, operands=("self", "tensor"))
+equation("... j, i k, k j -> i j", aten.addmm, operands=("self", "mat1", "mat2"))
+equation("... i j, b i k, b k j -> b i j", aten.baddbmm, operands=("self", "batch1", "batch2"))
+equation("i, j -> i j", aten.outer, operands=("self", "vec2"))
+equation("... i, o i j, ... j, o -> ... o", aten.bilinear, operands=("input1", "weight", "input2", "bias"))
+
+
+@rule(aten.matmul)
+def matmul(op: Op) -> Typed:
+    """A matrix product with broadcast leading dimensions; vectors have no outer dimension."""
+    left, right = op["self"], op["other"]
+    rows = [] if len(left.axes) == 1 else ["i"]
+    columns = [] if len(right.axes) == 1 else ["j"]
+    terms = [["k"] if not rows else [ELLIPSIS, "i", "k"], ["k"] if not columns else [ELLIPSIS, "k", "j"]]
+    return contraction(op, terms, [ELLIPSIS, *rows, *columns], [left, right])
+
+
+@rule(aten.einsum)
+def einsum(op: Op) -> Typed:
+    """The equation says it all; without an arrow the output is every letter that occurs once, sorted."""
+    text = op["equation"].replace(" ", "")
+    left, arrow, right = text.partition("->")
+    terms = [_tokens(term) for term in left.split(",")]
+    once = sorted(letter for letter in set(left) - {",", "."} if left.count(letter) == 1)
+    out = _tokens(right) if arrow else [*([ELLIPSIS] if ELLIPSIS in left else []), *once]
+    return contraction(op, terms, out, op["tensors"])
+
+
+def _tokens(term: str) -> list[str]:
+    head, dots, tail = term.partition(ELLIPSIS)
+    return [*head, *([ELLIPSIS] if dots else []), *tail]
+
+
+@rule(aten.scaled_dot_product_attention)
+def attention(op: Op) -> Typed:
+    """Queries and keys share their width, keys and values their positions, all of them the heads."""
+    query, key, value, mask = op["query"], op["key"], op["value"], op.get("attn_mask")
+    op.equal(query.axes[-1], key.axes[-1])
+    if op.get("scale") is None:
+        op.constant("scale", float(op.length(query.axes[-1])) ** -0.5)
+    op.equal(key.axes[-2], value.axes[-2])
+    heads = [key, value]
+    if op.get("enable_gqa", False):
+        heads = [_repeated(op, query, operand) for operand in heads]
+    lead = op.broadcast([Typed(operand.axes[:-2]) for operand in (query, *heads)], op.shape[:-2])
+    positions = (query.axes[-2], key.axes[-2])
+    if mask is not None:
+        op.broadcast([Typed((*lead, *positions)), mask], (*op.shape[:-1], op.length(key.axes[-2])))
+    joint = op.joint(query, key)
+    for operand in (query, key):
+        op.use(operand, -1, "contracted", joint=joint)
+        for dim in range(len(operand.axes) - 2):
+            op.use(operand, dim, "batch", joint=joint)
+    op.use(value, -2, "contracted", joint=joint)
+    op.use(value, -1, "free", joint=joint)
+    return Typed((*lead, query.axes[-2], value.axes[-1]))
+
+
+def _repeated(op: Op, query: Typed, operand: Typed) -> Typed:
+    """Grouped-query attention inside the op: every key-value head serves ``rep`` consecutive query heads."""
+    groups = operand.axes[-3]
+    times = op.length(query.axes[-3]) // op.length(groups)
+    (rep,) = op.fresh((times,))
+    heads = op.product(groups, rep)
+    op.equal(query.axes[-3], heads)
+    return Typed((*operand.axes[:-3], heads, *operand.axes[-2:]))

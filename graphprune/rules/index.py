@@ -1,0 +1,174 @@
+"""Indexing by tensors: the indexed axis is the one the index values range over, where that is known; else it is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from graphprune.rules.table import Op, Typed, aten, rule
+from graphprune.unify import Expression
+
+
+def _indexed(op: Op, axis: Expression, index: Typed) -> None:
+    """``axis`` is looked up by the values of ``index``."""
+    if index.values is None:
+        op.pin(axis, "indexed by data")
+    else:
+        op.equal(axis, index.values)
+
+
+@rule(aten.embedding)
+def embedding(op: Op) -> Typed:
+    """A row of the table for each index."""
+    table, indices = op["weight"], op["indices"]
+    _indexed(op, table.axes[0], indices)
+    op.use(table, 1, "free")
+    return Typed((*indices.axes, table.axes[1]))
+
+
+@rule(aten.index_select)
+def index_select(op: Op) -> Typed:
+    """Positions along one axis by a vector of indices."""
+    source, index = op["self"], op["index"]
+    dim = op.dim("dim", len(source.axes))
+    _indexed(op, source.axes[dim], index)
+    return Typed((*source.axes[:dim], *index.axes, *source.axes[dim + 1 :]))
+
+
+@rule(aten.gather, aten.take_along_dim)
+def gather(op: Op) -> Typed:
+    """One position along ``dim`` for each index; along the other axes index and tensor go together."""
+    name = "index" if "index" in op.arguments else "indices"
+    source, index = op["self"], op[name]
+    dim = op.dim("dim", len(source.axes))
+    _indexed(op, source.axes[dim], index)
+    _aligned(op, source, index, dim)
+    return Typed(index.axes)
+
+
+def _aligned(op: Op, source: Typed, index: Typed, dim: int) -> None:
+    """Along every axis but ``dim`` an index addresses its own position: the axes are equal, or the longer one is cut short."""
+    for place, (axis, other) in enumerate(zip(source.axes, index.axes, strict=True)):
+        if place == dim:
+            continue
+        if op.length(axis) == op.length(other):
+            op.equal(axis, other)
+        else:
+            op.pin(axis, "indexed in part")
+            op.pin(other, "indexes in part")
+
+
+@rule(aten.scatter, aten.scatter_add, aten.scatter_reduce)
+def scatter(op: Op) -> Typed:
+    """The reverse of gather: values land on positions along ``dim``."""
+    source, index = op["self"], op["index"]
+    dim = op.dim("dim", len(source.axes))
+    _indexed(op, source.axes[dim], index)
+    _aligned(op, source, index, dim)
+    if isinstance(op.get("src"), Typed):
+        for axis, other in zip(index.axes, op["src"].axes, strict=True):
+            if op.length(axis) == op.length(other):
+                op.equal(axis, other)
+            else:
+                op.pin(other, "scattered in part")
+    return Typed(source.axes)
+
+
+@rule(aten.index_add, aten.index_copy, aten.index_fill)
+def index_add(op: Op) -> Typed:
+    """Rows added at the positions that a vector of indices names."""
+    source, index, added = op["self"], op["index"], op.get("source")
+    dim = op.dim("dim", len(source.axes))
+    _indexed(op, source.axes[dim], index)
+    if isinstance(added, Typed) and len(added.axes) == len(source.axes):
+        op.equal(added.axes[dim], index.axes[0])
+        for place, (axis, other) in enumerate(zip(source.axes, added.axes, strict=True)):
+            if place != dim:
+                op.equal(axis, other)
+    return Typed(source.axes)
+
+
+@rule(aten.index, aten._unsafe_index)
+def index(op: Op) -> Typed:
+    """Advanced indexing: index tensors broadcast together; their place is the first indexed axis, if they are adjacent."""
+    source, indices = op["self"], op["indices"]
+    if any(index is not None and _is_mask(op, place) for place, index in enumerate(indices)):
+        return _masked(op, source)
+    return Typed(_advanced(op, source, indices, op.shape))
+
+
+def _is_mask(op: Op, place: int) -> bool:
+    index = op.node.args[1][place]  # type: ignore[index]
+    return index.meta["val"].dtype in _BOOLEAN  # type: ignore[union-attr]
+
+
+def _masked(op: Op, source: Typed) -> Typed:
+    for axis in source.axes:
+        op.pin(axis, "indexed by a mask")
+    return Typed(tuple(op.pinned(size, "chosen by a mask") for size in op.shape))
+
+
+def _advanced(op: Op, source: Typed, indices: Sequence[Typed | None], shape: Sequence[int]) -> tuple[Expression, ...]:
+    places = [place for place, index in enumerate(indices) if index is not None]
+    tensors = [index for index in indices if index is not None]
+    for place, tensor in zip(places, tensors, strict=True):
+        _indexed(op, source.axes[place], tensor)
+    rank = max((len(tensor.axes) for tensor in tensors), default=0)
+    start = places[0] if places == list(range(places[0], places[-1] + 1)) else 0
+    chosen = op.broadcast(tensors, tuple(shape[start : start + rank]))
+    rest = [axis for place, axis in enumerate(source.axes) if place not in places]
+    return (*rest[:start], *chosen, *rest[start:])
+
+
+@rule(aten.index_put, aten._unsafe_index_put, aten.masked_scatter)
+def index_put(op: Op) -> Typed:
+    """Values written at chosen places: nothing that takes part can shrink."""
+    for operand in op.tensors:
+        for axis in operand.axes:
+            op.pin(axis, "written at places that data chooses")
+    return Typed(op["self"].axes)
+
+
+@rule(aten.slice_scatter, aten.select_scatter)
+def slice_scatter(op: Op) -> Typed:
+    """A part overwritten: that axis is frozen, the others are equal."""
+    source, written = op["self"], op["src"]
+    dim = op.dim("dim", len(source.axes))
+    op.pin(source.axes[dim], "overwritten in part")
+    rest = [axis for place, axis in enumerate(source.axes) if place != dim]
+    other = [axis for place, axis in enumerate(written.axes) if place != dim or op.name == "select_scatter"]
+    for axis, twin in zip(rest, other, strict=True):
+        op.equal(axis, twin)
+    return Typed(source.axes)
+
+
+@rule(aten.one_hot)
+def one_hot(op: Op) -> Typed:
+    """A new axis with a position for each value."""
+    source = op["self"]
+    axis = source.values
+    if axis is None or op.length(axis) != op.shape[-1]:
+        axis = op.pinned(op.shape[-1], "one position for each value of data")
+    op.literal("num_classes", axis)
+    return Typed((*source.axes, axis))
+
+
+@rule(aten.topk, aten.sort, aten.argsort, aten.kthvalue)
+def ranked(op: Op) -> Typed | tuple[Typed, ...]:
+    """Units compared with each other; the indices range over the axis."""
+    source = op["self"]
+    dim = op.dim("dim", len(source.axes), -1)
+    axis = source.axes[dim]
+    op.renormalise(axis, f"{op.name} compares its units")
+    op.use(source, dim, "ranked")
+    first = op.shapes if op.name == "argsort" else op.shapes[0]
+    if op.name != "topk":
+        op.pin(axis, "sorted")
+    place = op.pinned(first[dim], "places of a ranking") if len(first) == len(source.axes) else None
+    axes = (*source.axes[:dim], *([place] if place is not None else []), *source.axes[dim + 1 :])
+    where = Typed(axes, axis)
+    return where if op.name == "argsort" else (Typed(axes), where)
+
+
+_BOOLEAN = (torch.bool, torch.uint8)

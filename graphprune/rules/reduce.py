@@ -1,0 +1,75 @@
+"""Reductions and scans: a sum contracts its axis exactly, a mean or a maximum normalises over it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from graphprune.rules.pointwise import pointwise
+from graphprune.rules.table import Op, Typed, aten, rule
+from graphprune.unify import ONE, Expression
+
+
+def _reduced(op: Op, source: Typed, dims: Sequence[int]) -> tuple[Expression, ...]:
+    keep = op.get("keepdim", False)
+    return tuple(ONE if dim in dims else axis for dim, axis in enumerate(source.axes) if keep or dim not in dims)
+
+
+@rule(aten.sum, aten.nansum, aten.linalg_vector_norm, aten.norm, aten.frobenius_norm)
+def total(op: Op) -> Typed:
+    """A sum (a norm is one of powers) is a contraction with ones."""
+    source = op["self"]
+    dims = op.dims("dim", len(source.axes))
+    for dim in dims:
+        op.use(source, dim, "contracted")
+    return Typed(_reduced(op, source, dims))
+
+
+@rule(aten.mean, aten.var, aten.std, aten.amax, aten.amin, aten.prod, aten.logsumexp, aten.any, aten.all, aten.var_mean, aten.median)
+def statistic(op: Op) -> Typed | tuple[Typed, ...]:
+    """Anything else over an axis changes with the number or the choice of its units."""
+    source = op["self"]
+    dims = op.dims("dim", len(source.axes))
+    for dim in dims:
+        op.use(source, dim, "contracted")
+        op.renormalise(source.axes[dim], f"{op.name} over it")
+    out = Typed(_reduced(op, source, dims))
+    return out if not op.shapes or isinstance(op.shapes[0], int) else tuple(out for _ in op.shapes)
+
+
+@rule(aten.max, aten.min, aten.argmax, aten.argmin)
+def extreme(op: Op) -> Typed | tuple[Typed, ...]:
+    """The largest unit, or where it is: an index over the axis. With two tensors it is elementwise."""
+    if isinstance(op.get("other"), Typed):
+        return pointwise(op)
+    source = op["self"]
+    dims = op.dims("dim", len(source.axes))
+    for dim in dims:
+        op.renormalise(source.axes[dim], f"{op.name} over it")
+    where = source.axes[dims[0]] if len(dims) == 1 else None
+    axes = _reduced(op, source, dims)
+    if op.shapes and not isinstance(op.shapes[0], int):
+        return Typed(axes), Typed(axes, where)
+    return Typed(axes, where if "arg" in op.name else None)
+
+
+@rule(aten.cumsum, aten.logcumsumexp)
+def running_total(op: Op) -> Typed:
+    """Zeros add nothing to the sums behind them."""
+    source = op["self"]
+    if op.name != "cumsum":
+        op.renormalise(source.axes[op.dim("dim", len(source.axes))], "scanned over it")
+    op.use(source, op.dim("dim", len(source.axes)), "contracted")
+    return Typed(source.axes)
+
+
+@rule(aten.cosine_similarity)
+def cosine_similarity(op: Op) -> Typed:
+    """Two norms and a product over one axis."""
+    rank = max(len(operand.axes) for operand in op.tensors)
+    dim = op.dim("dim", rank, 1)
+    shape = list(op.shape)
+    shape.insert(dim, max(op.length(operand.axes[dim]) for operand in op.tensors))
+    axes = op.broadcast(op.tensors, tuple(shape))
+    for operand in op.tensors:
+        op.use(operand, dim, "contracted")
+    return Typed(axes[:dim] + axes[dim + 1 :])

@@ -1,0 +1,185 @@
+"""Operations that rearrange dimensions: views, transpositions, expansion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+
+from graphprune.rules.table import Op, Typed, aten, rule
+from graphprune.unify import ONE, Expression
+
+
+@rule(aten.view, aten.reshape, aten._unsafe_view, aten._reshape_copy)
+def reshape(op: Op) -> Typed:
+    """A view is a claim that two products are equal."""
+    axes = _viewed(op, op["self"].axes, op.shape)
+    if "size" in op.arguments or "shape" in op.arguments:
+        op.literal("size" if "size" in op.arguments else "shape", list(axes))
+    return Typed(axes, op["self"].values)
+
+
+@rule(aten.flatten, aten.view_as, aten.reshape_as)
+def flatten(op: Op) -> Typed:
+    """Views whose shape needs no literal."""
+    return Typed(_viewed(op, op["self"].axes, op.shape), op["self"].values)
+
+
+@rule(aten.unflatten)
+def unflatten(op: Op) -> Typed:
+    """One axis is a product of several."""
+    axes = _viewed(op, op["self"].axes, op.shape)
+    start = op.dim("dim", len(op["self"].axes))
+    op.literal("sizes", list(axes[start : start + len(op["sizes"])]))
+    return Typed(axes, op["self"].values)
+
+
+def _viewed(op: Op, axes: Sequence[Expression], shape: tuple[int, ...]) -> tuple[Expression, ...]:
+    """The axes of ``shape``: dimensions that kept their size are kept, others regroup within common boundaries."""
+    out: list[Expression] = []
+    for block, sizes in _blocks(axes, shape):
+        if len(block) == len(sizes) == 1:
+            out += block
+        else:
+            fresh = op.fresh(sizes)
+            op.equal(op.product(*block), op.product(*fresh))
+            out += fresh
+    return tuple(out)
+
+
+def _blocks(axes: Sequence[Expression], shape: tuple[int, ...]) -> Iterator[tuple[list[Expression], list[int]]]:
+    """Pair runs of input axes with runs of output sizes that hold as many elements, shortest first."""
+    left, right = list(axes), list(shape)
+    while left or right:
+        block, sizes = left[:1], right[:1]
+        del left[:1], right[:1]
+        while (here := prod(map(Op.length, block))) != (there := prod(sizes)):
+            taken = (left, block) if here < there else (right, sizes)
+            taken[1].append(taken[0].pop(0))  # type: ignore[arg-type]
+        yield block, sizes
+
+
+@rule(aten.permute)
+def permute(op: Op) -> Typed:
+    """Dimensions in another order."""
+    source = op["self"]
+    return Typed(tuple(source.axes[dim] for dim in op.dims("dims", len(source.axes))), source.values)
+
+
+@rule(aten.transpose, aten.swapaxes, aten.swapdims)
+def transpose(op: Op) -> Typed:
+    """Two dimensions swapped."""
+    axes = list(op["self"].axes)
+    names = ("dim0", "dim1") if "dim0" in op.arguments else ("axis0", "axis1")
+    one, other = (op.dim(name, len(axes)) for name in names)
+    axes[one], axes[other] = axes[other], axes[one]
+    return Typed(tuple(axes), op["self"].values)
+
+
+@rule(aten.t, aten.numpy_T, aten.mT, aten.adjoint, aten.mH, aten.matrix_H)
+def turned(op: Op) -> Typed:
+    """A matrix (or the last two dimensions) transposed; ``T`` reverses all."""
+    axes = op["self"].axes
+    if op.name in ("t", "numpy_T"):
+        return Typed(axes[::-1])
+    return Typed((*axes[:-2], axes[-1], axes[-2]))
+
+
+@rule(aten.movedim, aten.moveaxis)
+def movedim(op: Op) -> Typed:
+    """Some dimensions taken out and put elsewhere, the rest in order."""
+    source = op["self"]
+    rank = len(source.axes)
+    moved = dict(zip(op.dims("destination", rank), op.dims("source", rank), strict=True))
+    rest = iter(dim for dim in range(rank) if dim not in moved.values())
+    order = [moved[place] if place in moved else next(rest) for place in range(rank)]
+    return Typed(tuple(source.axes[dim] for dim in order), source.values)
+
+
+@rule(aten.unsqueeze)
+def unsqueeze(op: Op) -> Typed:
+    """A new dimension of size one."""
+    axes = list(op["self"].axes)
+    axes.insert(op.dim("dim", len(axes) + 1), ONE)
+    return Typed(tuple(axes), op["self"].values)
+
+
+@rule(aten.squeeze)
+def squeeze(op: Op) -> Typed:
+    """Dimensions of size one dropped."""
+    source = op["self"]
+    dims = op.dims("dim", len(source.axes))
+    return Typed(tuple(a for i, a in enumerate(source.axes) if i not in dims or op.length(a) != 1), source.values)
+
+
+@rule(aten.expand, aten.broadcast_to, aten.expand_as)
+def expand(op: Op) -> Typed:
+    """Sizes of one, and new leading dimensions, become copies: a factor of their own."""
+    axes = op.broadcast([op["self"]], op.shape)
+    if "size" in op.arguments:
+        op.literal("size", list(axes))
+    return Typed(axes, op["self"].values)
+
+
+@rule(aten.repeat, aten.tile)
+def repeat(op: Op) -> Typed:
+    """Copies one after the other: ``times · axis``."""
+    source = op["self"]
+    name = "repeats" if "repeats" in op.arguments else "dims"
+    axes = [ONE] * (len(op.shape) - len(source.axes)) + list(source.axes)
+    times = op.fresh(size // op.length(axis) for size, axis in zip(op.shape, axes, strict=True))
+    op.literal(name, list(times[len(times) - len(op[name]) :]))
+    return Typed(tuple(op.product(time, axis) for time, axis in zip(times, axes, strict=True)))
+
+
+@rule(aten.repeat_interleave)
+def repeat_interleave(op: Op) -> Typed:
+    """Copies of each index side by side: ``axis · times``."""
+    source = op["self"] if "self" in op.arguments else op["repeats"]
+    if isinstance(op["repeats"], Typed) or op.get("dim") is None:
+        for axis in source.axes:
+            op.pin(axis, "repeated a number of times that depends on data")
+        return Typed(tuple(op.pinned(size, "repeated by data") for size in op.shape))
+    axes = list(source.axes)
+    dim = op.dim("dim", len(axes))
+    (times,) = op.fresh((op["repeats"],))
+    op.literal("repeats", times)
+    axes[dim] = op.product(axes[dim], times)
+    return Typed(tuple(axes))
+
+
+@rule(aten.flip, aten.roll, aten.diff, aten.tril, aten.triu, aten.cumprod, aten.fft_fft, aten.fft_ifft, aten.fft_rfft, aten.fft_irfft)
+def reordered(op: Op) -> Typed:
+    """Positions along some dimensions matter, so those are frozen; the others pass."""
+    source = op["self"]
+    dims = {len(source.axes) - 1, len(source.axes) - 2} if op.name in ("tril", "triu") else _moving(op, source)
+    for dim in dims:
+        op.pin(source.axes[dim], f"{op.name} depends on positions")
+    return Typed(tuple(op.pinned(op.shape[d], "reordered") if d in dims else a for d, a in enumerate(source.axes)))
+
+
+def _moving(op: Op, source: Typed) -> set[int]:
+    rank = len(source.axes)
+    return set(op.dims("dims" if "dims" in op.arguments else "dim", rank))
+
+
+@rule(aten.unfold)
+def unfold(op: Op) -> Typed:
+    """Sliding windows along one dimension."""
+    axes = list(op["self"].axes)
+    dim = op.dim("dimension", len(axes))
+    op.pin(axes[dim], "sliding windows over it")
+    axes[dim] = op.pinned(op.shape[dim], "windows")
+    return Typed((*axes, op.pinned(op.shape[-1], "window")))
+
+
+@rule(aten.view_as_complex)
+def view_as_complex(op: Op) -> Typed:
+    """The last dimension, real and imaginary part, is no longer one."""
+    op.pin(op["self"].axes[-1], "real and imaginary part")
+    return Typed(op["self"].axes[:-1])
+
+
+@rule(aten.view_as_real)
+def view_as_real(op: Op) -> Typed:
+    """Real and imaginary part become a dimension."""
+    return Typed((*op["self"].axes, op.pinned(2, "real and imaginary part")))

@@ -1,0 +1,230 @@
+"""Model and example inputs in, a Trace out: one flat fx graph of ATen operations with every tensor named. No weight is read."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, export
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+from graphprune.errors import ModelLimit, first_line
+
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "tag_activation_checkpoint", "wrap")
+"""Higher-order regions that run their body once, unchanged: their bodies become part of the flat graph."""
+
+
+@dataclass(frozen=True, slots=True)
+class TracedTensor:
+    """A parameter, buffer or lifted constant of the model. Tied tensors are one, under every name they have."""
+
+    name: str
+    names: tuple[str, ...]
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What torch.export saw: ``graph`` with one placeholder a tensor, and what each placeholder stands for."""
+
+    module: fx.GraphModule
+    tensors: Mapping[str, TracedTensor]
+    inputs: tuple[str, ...]
+    example: tuple[Any, ...]
+    constants: Mapping[str, Tensor]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The flat fx graph."""
+        return self.module.graph
+
+    @property
+    def parameters(self) -> dict[str, TracedTensor]:
+        """The distinct parameters by name, in the order the model first uses them."""
+        return {tensor.name: tensor for tensor in self.tensors.values() if tensor.kind == "parameter"}
+
+    def flatten(self, inputs: Inputs) -> tuple[Any, ...]:
+        """Example-like inputs as the flat values of ``self.inputs``."""
+        return tuple(pytree.tree_leaves(as_call(inputs)))
+
+
+def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as ``(args, kwargs)``: a tensor, a sequence of positional or a mapping of keyword arguments."""
+    if isinstance(inputs, Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return tuple(inputs), {}
+
+
+def trace(model: nn.Module, example_inputs: Inputs, *, dynamic: bool = False) -> Trace:
+    """Trace ``model`` with torch.export on real, fake or meta tensors.
+
+    ``dynamic`` leaves batch and sequence sizes open where the model allows it. Raises ModelLimit, naming the model's own
+    source line, when the model cannot be exported.
+    """
+    args, kwargs = as_call(example_inputs)
+    with exportable(model):
+        program = _export(model, args, kwargs, dynamic)
+    flat = inline(program.graph_module)
+    tensors, constants = _tensors(program, model)
+    users = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
+    if in_spec is None or out_spec is None:
+        raise ModelLimit("torch.export returned a program without call specification")
+    return Trace(flat, tensors, tuple(users), tuple(pytree.tree_leaves((args, kwargs))), constants, in_spec, out_spec)
+
+
+@contextmanager
+def exportable(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no key-value cache among the outputs, experts as batched products: what export needs, then undone."""
+    with ExitStack() as undo:
+        training = [module for module in model.modules() if module.training]
+        undo.callback(lambda: [module.train(True) for module in model.modules() if module in set(training)])
+        for module in training:
+            module.training = False
+        for config in _configs(model):
+            if getattr(config, "use_cache", None):
+                undo.callback(setattr, config, "use_cache", config.use_cache)
+                config.use_cache = False
+        undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        undo.enter_context(_batched_experts(model))
+        yield
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The transformers configurations in use anywhere in the model."""
+    found = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
+    return list(found.values())
+
+
+@contextmanager
+def _batched_experts(model: nn.Module) -> Iterator[None]:
+    """A transformers mixture of experts loops over data-dependent expert sets, which cannot be exported; batched it can."""
+    choose = getattr(model, "set_experts_implementation", None)
+    before = getattr(getattr(model, "config", None), "_experts_implementation", None)
+    if choose is None or before in ("batched_mm", "grouped_mm"):
+        yield
+        return
+    choose("batched_mm")
+    try:
+        yield
+    finally:
+        if before is not None:
+            choose(before)
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool) -> ExportedProgram:
+    if dynamic:
+        try:
+            return export(model, args, kwargs, dynamic_shapes=_open_shapes(args, kwargs), strict=False)
+        except Exception:  # noqa: BLE001  whatever stands against open sizes, fixed ones are the answer
+            return _export(model, args, kwargs, False)
+    try:
+        return export(model, args, kwargs, strict=False)
+    except Exception as error:
+        raise _export_failure(model, error) from error
+
+
+def _open_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def open_dims(value: Any) -> Any:
+        return {dim: Dim.AUTO for dim in range(min(2, value.ndim))} if isinstance(value, Tensor) else None
+
+    names = {name: pytree.tree_map(open_dims, value) for name, value in kwargs.items()}
+    return (pytree.tree_map(open_dims, args), names) if args and names else names or pytree.tree_map(open_dims, args)
+
+
+def _export_failure(model: nn.Module, error: Exception) -> ModelLimit:
+    """What, where in the model's own source, why."""
+    torch_home = str(Path(torch.__file__).parent)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((torch_home, __file__))]
+    where = f"{frames[-1].filename}:{frames[-1].lineno}   {frames[-1].line}" if frames else None
+    return ModelLimit(
+        f"{type(model).__name__} cannot be exported", at=where, why=f"{type(error).__name__}: {first_line(error)}"
+    )
+
+
+# ── naming tensors ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _tensors(program: ExportedProgram, model: nn.Module) -> tuple[dict[str, TracedTensor], dict[str, Tensor]]:
+    """What each tensor placeholder stands for, and the values of constants that no module owns."""
+    kinds = {InputKind.PARAMETER: "parameter", InputKind.BUFFER: "buffer", InputKind.CONSTANT_TENSOR: "constant"}
+    aliases = _aliases(model)
+    named: dict[str, TracedTensor] = {}
+    constants: dict[str, Tensor] = {}
+    for spec in program.graph_signature.input_specs:
+        if spec.kind not in kinds or spec.target is None:
+            continue
+        kind, names = kinds[spec.kind], aliases.get(spec.target, (spec.target,))
+        value = program.constants[spec.target] if spec.target in program.constants else program.state_dict[spec.target]
+        if kind == "constant" or names[0] not in aliases:
+            constants[names[0]] = value
+            kind = "constant"
+        named[spec.arg.name] = TracedTensor(names[0], names, kind, tuple(value.shape), value.dtype)
+    return named, constants
+
+
+def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Every name of a parameter or buffer, with all the names its storage has."""
+    names: dict[int, list[str]] = {}
+    for own in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        for name, tensor in own:
+            names.setdefault(id(tensor), []).append(name)
+    return {name: tuple(shared) for shared in names.values() for name in shared}
+
+
+# ── flattening higher-order regions ──────────────────────────────────────────────────────────────────────────────────
+
+
+def inline(module: fx.GraphModule) -> fx.GraphModule:
+    """The same computation with every run-once region spliced into one flat graph."""
+    flat = fx.Graph()
+    places = {node: flat.node_copy(node) for node in module.graph.nodes if node.op == "placeholder"}
+    flat.output(_splice(module, flat, places))
+    flat.eliminate_dead_code(is_impure_node=lambda node: node.op != "get_attr")
+    return fx.GraphModule(module, flat)
+
+
+def _splice(module: fx.GraphModule, flat: fx.Graph, values: dict[fx.Node, Any]) -> Any:
+    """Copy the nodes of ``module`` into ``flat``, given its placeholders' values; returns what ``module`` returns."""
+    for node in module.graph.nodes:
+        if node.op == "output":
+            return fx.map_arg(node.args[0], values.__getitem__)
+        if _is_region(node):
+            values[node] = _splice_region(module, node, flat, values)
+        elif _takes_part(node) and isinstance(values[node.args[0]], tuple | list):
+            values[node] = values[node.args[0]][node.args[1]]
+        elif node.op != "placeholder":
+            values[node] = flat.node_copy(node, values.__getitem__)
+    raise AssertionError("a graph without an output node")
+
+
+def _is_region(node: fx.Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in INLINED
+
+
+def _takes_part(node: fx.Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
+
+
+def _splice_region(module: fx.GraphModule, node: fx.Node, flat: fx.Graph, values: dict[fx.Node, Any]) -> Any:
+    place = next(i for i, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr")
+    body = module.get_submodule(str(node.args[place].target))  # type: ignore[union-attr]
+    assert isinstance(body, fx.GraphModule)
+    operands = [fx.map_arg(operand, values.__getitem__) for operand in node.args[place + 1 :]]
+    holders = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
+    return _splice(body, flat, dict(zip(holders, operands, strict=True)))
