@@ -18,7 +18,7 @@ ROWS: tuple[tuple[str, int], ...] = (
     (r"linear_num_value_heads|index_n_heads", 4),
     (r"mamba_n_heads|mamba_num_heads", 8),
     (r".*decoder_.*heads", 4),
-    (r"(.*_)?heads?", 6),
+    (r"(.*_)?heads|n_head", 6),
     (r".*experts_per_tok(en)?|moe_top_?k|moe_k", 2),
     (r"(moe_)?num_(local_|routed_|moe_)?experts|n_routed_experts", 8),
     (r"n_group|num_expert_group", 4),
@@ -81,7 +81,8 @@ def shrunken(cls: type[PreTrainedConfig], role: Mapping[str, Any], changes: Mapp
 
 def sizes(default: PreTrainedConfig, changes: Mapping[str, Any], tokens: Tokens) -> dict[str, Any]:
     """The keyword arguments that make a small `default`."""
-    values = {name: vars(default)[name] for name in own_fields(type(default)) if name in vars(default)}
+    stored = {name: type(default).attribute_map.get(name, name) for name in own_fields(type(default))}
+    values = {name: vars(default)[place] for name, place in stored.items() if place in vars(default)}
     layers = Layers.of(values)
     small: dict[str, Any] = {}
     for name, value in values.items():

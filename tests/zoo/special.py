@@ -63,24 +63,35 @@ QWEN4 = {
     "hc_lowrank": 15,
     "indexer_n_heads": 4,
     "indexer_kv_heads": 1,
-    "indexer_head_dim": 16,
+    "indexer_head_dim": 28,
     "indexer_budget": 4,
     "indexer_compress_ratio": 2,
     "eos_token_id": 2,
 }
+ZAMBA = {
+    "num_hidden_layers": 4,
+    "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    "attention_hidden_size": 192,
+    "attention_head_dim": 32,
+}
 BLT_PART = {"hidden_size": 96, "hidden_size_global": 80}
 
 
-def shared_keys(model: Any) -> dict[str, Any]:
-    """What an assistant reads from its target model: hidden states and the keys and values of each kind of layer."""
-    config, draw = model.config.text_config, torch.Generator().manual_seed(1)
-    widths = {"sliding_attention": 24, "full_attention": 32}
-    pairs = {
-        kind: tuple(torch.randn(5, config.num_key_value_heads, 13, width, generator=draw) for _ in range(2))
-        for kind, width in widths.items()
-    }
-    embeds = torch.randn(5, 13, 2 * model.config.backbone_hidden_size, generator=draw)
-    return {"input_ids": None, "inputs_embeds": embeds, "shared_kv_states": pairs, "position_ids": torch.arange(13)[None]}
+REFORMER = {
+    "attn_layers": ["local", "lsh"],
+    "num_hidden_layers": 2,
+    "axial_pos_shape": [4, 16],
+    "axial_pos_embds_dim": [32, 64],
+    "local_attn_chunk_length": 8,
+    "lsh_attn_chunk_length": 8,
+    "num_buckets": 4,
+    "hash_seed": 3,
+}
+
+
+def whole_chunks(model: Any) -> dict[str, Any]:
+    """A length that needs no padding: padding makes a mask whose sum the model asks for."""
+    return {"input_ids": torch.randint(4, 150, (5, 16), generator=torch.Generator().manual_seed(1))}
 
 
 def codebooks(count: int) -> Callable[[Any], Mapping[str, Any]]:
@@ -108,7 +119,7 @@ CAUSAL: dict[str, Special] = {
         rope_parameters={kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")},
     ),
     "dbrx": sized(
-        attn_config={"kv_n_heads": 2, "rope_theta": 1e4},
+        attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         ffn_config={"moe_num_experts": 8, "moe_top_k": 2},
     ),
     "deepseek_v2": sized(num_experts_per_tok=2),
@@ -119,9 +130,13 @@ CAUSAL: dict[str, Special] = {
         o_groups=2,
     ),
     "dots1": sized(n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2),
-    "dots3_note": sized(text_config=DOTS3_NOTE),
+    "dots3_note": sized(
+        text_config=DOTS3_NOTE,
+        vision_config={"adapter_in_dim": 96, "adapter_out_dim": 96, "mlp_layer_types": ["dense", "sparse"]},
+        audio_config={"adapter_input_size": 96, "adapter_out_dim": 96},
+    ),
     "dots3_note_text": sized(**DOTS3_NOTE),
-    "falcon_h1": sized(num_key_value_heads=2),
+    "falcon_h1": sized(mamba_d_head=24),
     "gemma3n": Special({"text_config": GEMMA3N}, cls="Gemma3nForCausalLM"),
     "gemma3n_text": sized(**GEMMA3N),
     "gemma4": sized(text_config=GEMMA4 | GEMMA4_MOE),
@@ -135,6 +150,7 @@ CAUSAL: dict[str, Special] = {
     "helium": sized(head_dim=16),
     "hunyuan_v1_dense": sized(head_dim=24),
     "hunyuan_v1_moe": sized(head_dim=24, num_experts=8, moe_topk=2),
+    "inkling_text": sized(logits_mup_width_multiplier=1.0, mlp_layer_types=["dense", "sparse"]),
     "jamba": sized(num_hidden_layers=4, attn_layer_period=4, attn_layer_offset=2),
     "laguna": sized(num_attention_heads_per_layer=[6, 4], layer_types=["full_attention", "sliding_attention"]),
     "lfm2": sized(layer_types=["conv", "full_attention"], full_attn_idxs=[1], block_multiple_of=8),
@@ -153,21 +169,11 @@ CAUSAL: dict[str, Special] = {
     "nemotron": sized(num_key_value_heads=2),
     "qwen4_exp": sized(text_config=QWEN4),
     "qwen4_exp_text": sized(**QWEN4),
-    "reformer": sized(
-        is_decoder=True,
-        attn_layers=["local", "lsh"],
-        num_hidden_layers=2,
-        axial_pos_shape=[4, 16],
-        axial_pos_embds_dim=[32, 64],
-        local_attn_chunk_length=8,
-        lsh_attn_chunk_length=8,
-        num_buckets=4,
-    ),
-    "xlnet": sized(d_head=16),
+    "reformer": Special(REFORMER, whole_chunks),
+    "xlnet": Special({"d_head": 16}, lambda model: {"use_mems": False}),
     "xmod": sized(default_language="en_XX"),
-    "zamba": sized(num_hidden_layers=4, layers_block_type=["linear_attention", "hybrid"] * 2),
-    "zamba2": sized(num_hidden_layers=4, layers_block_type=["linear_attention", "hybrid"] * 2),
-    "zaya": sized(num_experts_per_tok=2),
+    "zamba": sized(**ZAMBA),
+    "zamba2": sized(**ZAMBA),
 }
 MASKED: dict[str, Special] = {}
 SEQ2SEQ: dict[str, Special] = {}

@@ -18,7 +18,7 @@ import torch._dynamo  # here, so that it is imported once and not in each child
 import torch.export
 from torch.utils import _pytree as pytree
 
-from tests.zoo.configs import FAMILIES, build, model_types
+from tests.zoo.configs import FAMILIES, Entry, build, model_types
 
 SECONDS, BYTES = 60, 6 << 30
 FORK = multiprocessing.get_context("fork")
@@ -85,17 +85,22 @@ def stages(model_type: str, family: str, export: bool) -> Any:
     entry = build(model_type, family)
     parameters = sum(p.numel() for p in entry.model.parameters())
     yield {"stage": "forward", "class": type(entry.model).__name__, "parameters": parameters}
-    with torch.no_grad():
-        outputs = [x for x in pytree.tree_leaves(entry.model(**entry.inputs)) if isinstance(x, torch.Tensor)]
-    bad = [tuple(x.shape) for x in outputs if x.is_floating_point() and not x.isfinite().all()]
-    if bad:
+    outputs, again = outputs_of(entry), outputs_of(entry)
+    if bad := [list(x.shape) for x in outputs if x.is_floating_point() and not x.isfinite().all()]:
         raise ValueError(f"outputs of shapes {bad} are not finite")
+    if bad := [list(x.shape) for x, y in zip(outputs, again, strict=True) if not torch.equal(x, y)]:
+        raise ValueError(f"outputs of shapes {bad} differ from one call to the next")
     yield {"stage": "export" if export else "done", "outputs": [list(x.shape) for x in outputs],
            "std": [round(float(x.float().std()), 3) for x in outputs if x.numel() > 1]}
     if export:
         with torch.no_grad():
             program = torch.export.export(entry.model, (), entry.inputs, strict=False)
         yield {"stage": "done", "nodes": len(program.graph.nodes)}
+
+
+@torch.no_grad()
+def outputs_of(entry: Entry) -> list[torch.Tensor]:
+    return [x for x in pytree.tree_leaves(entry.model(**entry.inputs)) if isinstance(x, torch.Tensor)]
 
 
 def line(row: dict[str, Any]) -> str:
