@@ -37,6 +37,7 @@ class TracedTensor:
 class Trace:
     """What torch.export saw: ``graph`` with one placeholder a tensor, and what each placeholder stands for."""
 
+    name: str
     module: fx.GraphModule
     tensors: Mapping[str, TracedTensor]
     inputs: tuple[str, ...]
@@ -84,7 +85,8 @@ def trace(model: nn.Module, example_inputs: Inputs, *, dynamic: bool = False) ->
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     if in_spec is None or out_spec is None:
         raise ModelLimit("torch.export returned a program without call specification")
-    return Trace(flat, tensors, tuple(users), tuple(pytree.tree_leaves((args, kwargs))), constants, in_spec, out_spec)
+    example = tuple(pytree.tree_leaves((args, kwargs)))
+    return Trace(type(model).__name__, flat, tensors, tuple(users), example, constants, in_spec, out_spec)
 
 
 @contextmanager

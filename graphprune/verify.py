@@ -15,9 +15,15 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from graphprune.axes import Axis, Keep
+from graphprune.errors import RuleBug
 from graphprune.execute import Edit, execute
+from graphprune.groups import Groups
 from graphprune.propagate import Axes
 from graphprune.rewrite.graph import cut_all, resized_graph
+from graphprune.trace import Inputs, as_call, exportable
+
+PRECISION = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""How far two orders of the same operations may drift apart, relative to the largest output."""
 
 TOLERANCE = 1e-8
 """Largest difference, relative to the largest output, between two double-precision runs of one function."""
@@ -54,6 +60,62 @@ def smaller_outputs(axes: Axes, tensors: Mapping[str, Tensor], inputs: Sequence[
     """What the cut tensors compute, in double precision."""
     cut = cut_all(axes, tensors, keep)
     return leaves(execute(axes.trace, cut, inputs, graph=resized_graph(axes, keep), dtype=torch.float64))
+
+
+def check_masked(groups: Groups, tensors: Mapping[str, Tensor], inputs: Sequence[Any], keep: Keep) -> float:
+    """Check the exact part of a cut against the masked original, on the given and on random inputs of the same shapes.
+
+    Returns the largest difference. Raises RuleBug naming the first group that fails on its own.
+    """
+    exact = {group.factor: keep[group.factor] for group in groups if group.exact and group.factor in keep}
+    if not exact or any(tensor.is_meta for tensor in tensors.values()):
+        return 0.0
+    worst = max(_gap(groups.axes, tensors, example, exact) for example in (inputs, _random(inputs)))
+    if worst > TOLERANCE:
+        raise RuleBug(
+            f"the smaller model does not compute what the masked original does (difference {worst:.1e})",
+            at=_culprit(groups, tensors, inputs, exact),
+            why="an axis rule is wrong for this model; nothing was written",
+            fix="protect that group, and please report it",
+        )
+    return worst
+
+
+def _gap(axes: Axes, tensors: Mapping[str, Tensor], inputs: Sequence[Any], keep: Keep) -> float:
+    return difference(smaller_outputs(axes, tensors, inputs, keep), masked_outputs(axes, tensors, inputs, keep))
+
+
+def _culprit(groups: Groups, tensors: Mapping[str, Tensor], inputs: Sequence[Any], keep: Keep) -> str:
+    alone = ((group.name, {group.factor: keep[group.factor]}) for group in groups if group.factor in keep)
+    return next((name for name, only in alone if _gap(groups.axes, tensors, inputs, only) > TOLERANCE), "several groups together")
+
+
+def _random(inputs: Sequence[Any]) -> list[Any]:
+    """Inputs of the same shapes and ranges: tokens shuffled, reals drawn anew."""
+    draw = torch.Generator().manual_seed(0)
+
+    def other(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if value.is_floating_point():
+            return torch.randn(value.shape, generator=draw).to(value)
+        flat = value.flatten()
+        return flat[torch.randperm(len(flat), generator=draw).to(flat.device)].reshape(value.shape)
+
+    return [other(value) for value in inputs]
+
+
+@torch.no_grad()
+def close(smaller: torch.nn.Module, inputs: Inputs, reference: Sequence[Tensor]) -> bool:
+    """Whether an emitted model computes the reference outputs, within what its precision allows; False when it cannot run."""
+    args, kwargs = as_call(inputs)
+    with exportable(smaller):
+        try:
+            found = leaves(smaller(*args, **kwargs))
+        except Exception:  # noqa: BLE001  a wrong guess at a size may fail in any way
+            return False
+    limit = max((PRECISION.get(tensor.dtype, 1e-3) for tensor in found), default=0.0)
+    return difference(found, reference) <= limit
 
 
 def leaves(outputs: Any) -> list[Tensor]:

@@ -5,7 +5,7 @@ Always possible, whatever Python attributes a model hides its sizes in; it is th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,6 +54,19 @@ def _follow(axes: Axes, node: fx.Node, copy: fx.Node, keep: Keep) -> None:
     wanted = [argument.name for argument in copy.target._schema.arguments]  # type: ignore[union-attr]
     copy.args, copy.kwargs = (), {name: arguments[name] for name in wanted if name in arguments}
     _positional(copy)
+
+
+def new_literals(axes: Axes, node: fx.Node, keep: Keep) -> Iterator[tuple[Any, Any]]:
+    """Each literal size of ``node`` that changes, before and after; lists give their changed entries."""
+    arguments = _bound(node.target, node)
+    for literal in axes.literals[node][0]:
+        before, after = arguments.get(literal.name), _followed(axes, node, literal, keep)
+        if after is None or literal.meaning == "constant" or before is None:
+            continue
+        if isinstance(before, list | tuple):
+            yield from ((old, new) for old, new in zip(before, after, strict=False) if old != new)
+        else:
+            yield before, after
 
 
 def _bound(target: Any, node: fx.Node) -> dict[str, Any]:

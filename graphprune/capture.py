@@ -1,0 +1,153 @@
+"""A model and calibration inputs in, statistics out: gradients as they appear, and what flows into every consumer.
+
+Nothing is kept that a visitor does not keep: a gradient is handed over and freed before the next one exists, an activation is
+seen while the graph is walked and dropped after its last use.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphprune.axes import Axis
+from graphprune.errors import ModelLimit
+from graphprune.execute import execute
+from graphprune.propagate import Axes
+
+Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
+"""``loss(model, inputs)``: a scalar to differentiate."""
+
+SeeGradient = Callable[[str, nn.Parameter, Tensor], None]
+"""``see(name, parameter, gradient)``, called once a parameter and backward pass; the gradient is freed afterwards."""
+
+
+def language_loss(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """Mean next-token cross-entropy of ``input_ids`` (rows, length); a masked or other model's own loss on given labels.
+
+    Raises ModelLimit when the model gives neither logits nor a loss.
+    """
+    output = model(**inputs)
+    if getattr(output, "loss", None) is not None:
+        found: Tensor = output.loss
+        return found
+    logits = output[0] if not hasattr(output, "logits") else output.logits
+    if "input_ids" not in inputs or logits.ndim != 3 or logits.shape[1] != inputs["input_ids"].shape[1]:
+        raise ModelLimit("no loss is known for this model", fix="pass loss=, a function of (model, inputs)")
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), inputs["input_ids"][:, 1:].flatten())
+
+
+def see_gradients(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    see: SeeGradient,
+    *,
+    names: Collection[str] | None = None,
+    loss: Loss = language_loss,
+) -> None:
+    """Run forward and backward on each batch and hand every gradient over as soon as it is complete.
+
+    ``names`` limits which parameters get one. The peak is weights, activations and one parameter's gradient. Modes, flags and
+    gradients of the model are left as they were.
+    """
+    with _only_gradients_of(model, names) as parameters:
+        hooks = [_hand_over(name, parameter, see) for name, parameter in parameters.items()]
+        try:
+            for inputs in batches:
+                loss(model, inputs).backward()  # type: ignore[no-untyped-call]
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _hand_over(name: str, parameter: nn.Parameter, see: SeeGradient) -> Any:
+    def hook(leaf: Tensor) -> None:
+        if leaf.grad is not None:
+            see(name, parameter, leaf.grad)
+            leaf.grad = None
+
+    return parameter.register_post_accumulate_grad_hook(hook)
+
+
+@contextmanager
+def _only_gradients_of(model: nn.Module, names: Collection[str] | None) -> Iterator[dict[str, nn.Parameter]]:
+    named = dict(model.named_parameters())
+    before = {name: (parameter.requires_grad, parameter.grad) for name, parameter in named.items()}
+    modes = {module: module.training for module in model.modules()}
+    chosen = {name: p for name, p in named.items() if (names is None or name in names) and p.is_floating_point()}
+    try:
+        model.eval()
+        for name, parameter in named.items():
+            parameter.grad = None
+            parameter.requires_grad_(name in chosen)
+        with torch.enable_grad():
+            yield chosen
+    finally:
+        for name, parameter in named.items():
+            parameter.requires_grad_(before[name][0])
+            parameter.grad = before[name][1]
+        for module, mode in modes.items():
+            module.training = mode
+
+
+# ── activations ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Consumer:
+    """A contraction of an activation with a weight: where ``weight``'s dimension ``dim`` meets ``operand``'s last one."""
+
+    node: fx.Node
+    operand: fx.Node
+    place: int
+    weight: str
+    dim: int
+    axis: Axis
+
+
+SeeInput = Callable[[Consumer, Tensor], None]
+"""``see(consumer, x)`` with x of shape (positions, width): every input vector of one consumer in one batch."""
+
+
+def consumers(axes: Axes) -> tuple[Consumer, ...]:
+    """Every place where a weight contracts an activation, in execution order (a tied weight may appear twice)."""
+    weights = {node: tensor.name for node in axes.trace.graph.nodes if (tensor := axes.trace.tensors.get(node.name))}
+    met: dict[fx.Node, list[Any]] = defaultdict(list)
+    for use in axes.uses:
+        if use.role == "contracted":
+            met[use.node].append(use)
+    found = []
+    for node, uses in met.items():
+        for mine in uses:
+            for other in uses:
+                if mine.operand in weights and other.operand not in weights and mine.axis == other.axis:
+                    found.append(Consumer(node, other.operand, other.dim, weights[mine.operand], mine.dim, mine.axis))
+    return tuple(found)
+
+
+def see_inputs(
+    axes: Axes,
+    tensors: Mapping[str, Tensor],
+    batches: Iterable[Mapping[str, Any]],
+    see: SeeInput,
+    *,
+    wanted: Collection[str] | None = None,
+) -> None:
+    """Walk the traced graph on each batch (of the traced shape) and show what flows into each consumer of a wanted weight."""
+    by_node: dict[tuple[fx.Node, fx.Node], list[Consumer]] = defaultdict(list)
+    for consumer in consumers(axes):
+        if wanted is None or consumer.weight in wanted:
+            by_node[consumer.node, consumer.operand].append(consumer)
+
+    def look(node: fx.Node, operand: fx.Node, value: Any) -> Any:
+        for consumer in by_node.get((node, operand), ()):
+            see(consumer, value.movedim(consumer.place, -1).flatten(0, -2))
+        return value
+
+    for inputs in batches:
+        execute(axes.trace, tensors, axes.trace.flatten(inputs), edit=look)

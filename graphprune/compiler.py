@@ -1,0 +1,233 @@
+"""A model and a budget in, a smaller model with its plan out: the stages in order, each callable on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from graphprune.axes import Factor, Keep
+from graphprune.data import Calibration
+from graphprune.errors import GraphpruneError, ModelLimit, UserMistake, nearest
+from graphprune.execute import execute, tensors_of
+from graphprune.groups import Groups, couple
+from graphprune.pipeline import Facts, Pass, Progress, find_pass, run
+from graphprune.plan import Plan
+from graphprune.propagate import Axes, propagate
+from graphprune.rewrite.graph import cut_all, emit_graph, resized_graph
+from graphprune.rewrite.module import Attributes, copy_cut, emit_module
+from graphprune.rewrite.stock import expressible, stock_config
+from graphprune.score import Scores
+from graphprune.select import Budget, allowed_kinds, select
+from graphprune.source import guess_inputs
+from graphprune.trace import Inputs, Trace, trace
+from graphprune.verify import check_masked, close, leaves
+
+STAGES: Mapping[type, int] = {Trace: 0, Axes: 1, Groups: 2, Budget: 2, Scores: 3, Plan: 4}
+"""Where a pass of the user's goes: behind the stage that makes the same fact; what replaces the result goes last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Inputs the model is traced and checked on."""
+
+    inputs: Inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """How the smaller model is written: ``module`` or ``graph``; with a stock config where one is ``wanted``; checked or not."""
+
+    emit: str = "module"
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        if self.emit not in ("module", "graph"):
+            raise UserMistake(f"emit cannot be {self.emit!r}", fix=nearest(self.emit, ("module", "graph")))
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """The smaller model. ``config`` is its stock config, or ``obstacle`` says why there is none; ``attributes`` what changed."""
+
+    model: nn.Module
+    config: PreTrainedConfig | None = None
+    obstacle: str | None = None
+    attributes: Attributes | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a compile gives: the smaller ``model``, the ``plan`` that made it, the ``groups`` it chose from, and all facts."""
+
+    model: nn.Module
+    plan: Plan
+    groups: Groups
+    pruned: Pruned
+    notes: tuple[str, ...]
+    facts: Facts
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What changed, as plain data: costs, groups cut by kind, what is frozen and why."""
+        kinds = sorted({cut.kind for cut in self.plan.cuts})
+        rows = {kind: [cut for cut in self.plan.cuts if cut.kind == kind] for kind in kinds}
+        return {
+            "cost": self.plan.cost,
+            "cut": {k: {"groups": len(r), "units": sum(c.size - len(c.kept) for c in r)} for k, r in rows.items()},
+            "stock": self.pruned.config is not None,
+            "obstacle": self.pruned.obstacle,
+            "notes": list(self.notes),
+            "frozen": [{"members": [str(m) for m in f.members], "why": f.reason.what} for f in self.groups.frozen],
+        }
+
+
+def compile(  # noqa: A001  the product's own verb
+    model: nn.Module,
+    example_inputs: Inputs | None = None,
+    *,
+    keep: float = 0.8,
+    method: str | Callable[..., Any] = "magnitude",
+    kinds: Sequence[str] | None = None,
+    scope: str = "local",
+    keep_of: str = "groups",
+    round_to: int | Mapping[str, int] = 1,
+    minimum: int | Mapping[str, int] = 1,
+    protect: Sequence[str] = (),
+    alike: bool | None = None,
+    emit: str = "module",
+    verify: bool = True,
+    seed: int = 0,
+    calibration: Calibration | Sequence[Mapping[str, Tensor]] | None = None,
+    passes: Sequence[str | Callable[..., Any]] = (),
+    options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Prune ``model`` to a share ``keep`` of its prunable parameters and check the result. The input model is untouched.
+
+    ``example_inputs`` is a tensor, a sequence of positional or a mapping of keyword arguments; a transformers model, or one with
+    calibration data, needs none. ``method`` is a pass by name, by ``file.py:function`` or a function, with ``options``;
+    ``passes`` adds further ones. ``alike`` (default for transformers models) makes equal layers shrink alike, which a stock
+    config needs. Budget parameters are those of ``Budget``. Raises ModelLimit when the model stands in the way, UserMistake on
+    bad arguments; nothing is changed then.
+    """
+    torch.manual_seed(seed)
+    budget = Budget(keep, keep_of, scope, kinds, tuple(protect), round_to, minimum, _alike(model, alike, emit))
+    given: Facts = {nn.Module: model, Example: _example(model, example_inputs, calibration), Emission: Emission(emit, verify)}
+    if calibration is not None:
+        given[Calibration] = calibration if isinstance(calibration, Calibration) else Calibration(tuple(calibration), "given")
+    notes: list[str] = []
+    given[Notes] = Notes(notes)
+    given[Budget] = budget
+    scorer = find_pass(method, **_seeded(method, options or {}, seed))
+    facts = run(pipeline(scorer, [find_pass(extra) for extra in passes]), given, progress)
+    pruned: Pruned = facts[Pruned]
+    return Result(pruned.model, facts[Plan], facts[Groups], pruned, tuple(notes), facts)
+
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """What a person should be told, collected on the way."""
+
+    lines: list[str]
+
+
+def pipeline(scorer: Pass, extras: Sequence[Pass] = ()) -> list[Pass]:
+    """The default stages around one scoring pass, with further passes behind the stage that makes what they make."""
+    stages = [Pass(f) for f in (traced, propagate, couple, narrow)] + [scorer] + [Pass(f) for f in (select, rewrite)]
+    for extra in extras:
+        place = [i for i, stage in enumerate(stages) if stage.makes is extra.makes]
+        stages.insert(place[-1] + 1 if place else len(stages), extra)
+    return stages
+
+
+def traced(model: nn.Module, example: Example, emission: Emission) -> Trace:
+    """The first stage; a graph that is to be emitted keeps batch and sequence open where the model allows it."""
+    return trace(model, example.inputs, dynamic=emission.emit == "graph")
+
+
+def narrow(model: nn.Module, groups: Groups, budget: Budget, emission: Emission, notes: Notes) -> Groups:
+    """Only the groups the budget ranges over; by default none that would cost the stock config."""
+    kinds = allowed_kinds(groups, budget.kinds)
+    if isinstance(model, PreTrainedModel) and emission.emit == "module" and budget.alike:
+        for kind in kinds:
+            obstacle = _not_stock(model, groups, kind, budget)
+            if obstacle is None:
+                continue
+            if budget.kinds is None and len(kinds) > 1:
+                kinds = tuple(other for other in kinds if other != kind)
+                notes.lines.append(f"{kind} groups are left alone, no config expresses them: {obstacle}")
+    return replace(groups, groups=tuple(group for group in groups if group.kind in kinds))
+
+
+def _not_stock(model: PreTrainedModel, groups: Groups, kind: str, budget: Budget) -> str | None:
+    """Why a config cannot express one unit less of a kind everywhere, None where it can."""
+    units: dict[Factor, range] = {g.factor: range(g.size - 1) for g in groups if g.kind == kind and not g.touches(budget.protect)}
+    try:
+        expressible(model, groups.axes, units)
+    except ModelLimit as limit:
+        return limit.what
+    return None
+
+
+def rewrite(model: nn.Module, groups: Groups, plan: Plan, example: Example, emission: Emission) -> Pruned:
+    """Emit the smaller model and check it: masked original ≡ cut graph ≡ emitted model. Raises naming the group at fault."""
+    axes, keep = groups.axes, plan.keep(groups)
+    tensors, inputs = tensors_of(model, axes.trace), axes.trace.flatten(example.inputs)
+    if emission.verify:
+        check_masked(groups, tensors, inputs, keep)
+    if emission.emit == "graph":
+        return Pruned(emit_graph(axes, tensors, keep), obstacle="a graph has no config")
+    return _as_module(model, axes, keep, tensors, inputs, example)
+
+
+def _as_module(
+    model: nn.Module, axes: Axes, keep: Keep, tensors: Mapping[str, Tensor], inputs: Sequence[Any], example: Example
+) -> Pruned:
+    graph = resized_graph(axes, keep)
+    reference = leaves(execute(axes.trace, cut_all(axes, tensors, keep), inputs, graph=graph))
+
+    def accept(smaller: nn.Module) -> bool:
+        return close(smaller, example.inputs, reference)
+
+    if isinstance(model, PreTrainedModel):
+        return _as_transformers(model, axes, keep, accept)
+    smaller, attributes = emit_module(model, axes, keep, accept)
+    return Pruned(smaller, obstacle="a plain module has no config", attributes=attributes)
+
+
+def _as_transformers(model: PreTrainedModel, axes: Axes, keep: Keep, accept: Callable[[nn.Module], bool]) -> Pruned:
+    """With a stock config where one describes it, else with changed attributes."""
+    try:
+        smaller = copy_cut(model, axes, keep)
+        return Pruned(smaller, config=stock_config(model, smaller, axes, keep, accept))
+    except ModelLimit as limit:
+        obstacle = str(limit)
+    smaller, attributes = emit_module(model, axes, keep, accept)
+    return Pruned(smaller, obstacle=obstacle, attributes=attributes)
+
+
+def _alike(model: nn.Module, alike: bool | None, emit: str) -> bool:
+    return isinstance(model, PreTrainedModel) and emit == "module" if alike is None else alike
+
+
+def _example(model: nn.Module, inputs: Inputs | None, calibration: Any) -> Example:
+    if inputs is not None:
+        return Example(inputs)
+    if calibration is not None:
+        return Example(calibration.inputs[0] if isinstance(calibration, Calibration) else calibration[0])
+    if isinstance(model, PreTrainedModel):
+        return Example(guess_inputs(model, model.config))
+    raise UserMistake(f"{type(model).__name__} needs example inputs", fix="compile(model, example_inputs, …)")
+
+
+def _seeded(method: Any, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """A method that draws takes the compile's seed unless its options say otherwise."""
+    try:
+        return {"seed": seed, **options} if "seed" not in options and find_pass(method, seed=seed) else dict(options)
+    except GraphpruneError:
+        return dict(options)

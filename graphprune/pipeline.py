@@ -1,0 +1,153 @@
+"""Passes and facts in, facts out: the typed runner, and the default pipeline that ``compile`` runs.
+
+A pass is a typed function: positional annotations are the facts it needs, the return annotation is the fact it makes or
+replaces, keyword-only parameters are its options.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from graphprune.errors import UserMistake, nearest
+
+LIBRARY = "graphprune.passes"
+Facts = dict[type, Any]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A typed function with its options bound."""
+
+    function: Callable[..., Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return self.function.__name__.rstrip("_")
+
+    @property
+    def needs(self) -> dict[str, type]:
+        """The facts the pass takes, by parameter."""
+        hints = get_type_hints(self.function)
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return {name: hints[name] for name, p in inspect.signature(self.function).parameters.items() if p.kind in kinds}
+
+    @property
+    def makes(self) -> type:
+        """The fact the pass gives."""
+        made: type = get_type_hints(self.function)["return"]
+        return made
+
+    def __call__(self, facts: Facts) -> Any:
+        return self.function(*(facts[need] for need in self.needs.values()), **self.options)
+
+
+def check(passes: Sequence[Pass], given: Facts) -> None:
+    """Reject an order in which some pass lacks a fact, before anything runs. Raises UserMistake."""
+    ready = set(given)
+    for place, step in enumerate(passes):
+        for need in step.needs.values():
+            if need not in ready:
+                maker = next((later.name for later in passes[place + 1 :] if later.makes is need), None)
+                hint = f"{maker}() makes it, but runs later" if maker else "nothing in this pipeline makes it"
+                raise UserMistake(f"{step.name}() needs {need.__name__}; {hint}", fix=_how_to_give(need))
+        ready.add(step.makes)
+
+
+def _how_to_give(need: type) -> str | None:
+    return "pass calibration=, or --calibration" if need.__name__ == "Calibration" else None
+
+
+def run(passes: Sequence[Pass], given: Facts, progress: Progress | None = None) -> Facts:
+    """Run passes in order on the facts; returns all facts. Raises UserMistake first when the order cannot work."""
+    check(passes, given)
+    facts = dict(given)
+    for step in passes:
+        if progress is not None:
+            progress(step.name)
+        facts[step.makes] = step(facts)
+    return facts
+
+
+# ── finding passes ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def library() -> tuple[str, ...]:
+    """The names of the installed passes."""
+    package = importlib.import_module(LIBRARY)
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(package.__path__)))
+
+
+def find_pass(spec: str | Callable[..., Any] | Pass, **options: Any) -> Pass:
+    """A pass by library name, by ``file.py`` or ``file.py:function``, or the function itself; ``name:option=value`` sets options.
+
+    Raises UserMistake with the nearest names, or the options there are.
+    """
+    if isinstance(spec, Pass):
+        return spec
+    if callable(spec):
+        return _bound(spec, options)
+    name, _, rest = spec.partition(".py") if ".py" in spec else spec.partition(":")
+    if ".py" in spec:
+        function, *settings = [part for part in rest.split(":") if part] or [Path(name).name]
+        if "=" in function:
+            function, settings = Path(name).name, [function, *settings]
+        return _bound(_from_file(Path(f"{name}.py"), function), options | _settings(settings))
+    return _bound(_from_library(name), options | _settings(rest.split(":") if rest else []))
+
+
+def _settings(parts: Sequence[str]) -> dict[str, str]:
+    for part in parts:
+        if "=" not in part:
+            raise UserMistake(f"{part!r} is no option", fix="write name:option=value")
+    return dict(part.split("=", 1) for part in parts)  # type: ignore[misc]
+
+
+def _from_library(name: str) -> Callable[..., Any]:
+    if name not in library():
+        raise UserMistake(f"no pass is called {name!r}", fix=nearest(name, library()))
+    found: Callable[..., Any] = getattr(importlib.import_module(f"{LIBRARY}.{name}"), name)
+    return found
+
+
+def _from_file(path: Path, function: str) -> Callable[..., Any]:
+    if not path.is_file():
+        raise UserMistake(f"there is no pass file {path}")
+    described = importlib.util.spec_from_file_location(path.stem, path)
+    assert described is not None and described.loader is not None
+    module = importlib.util.module_from_spec(described)
+    described.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise UserMistake(f"{path} has no function {function!r}", fix=nearest(function, [n for n in vars(module) if n[0] != "_"]))
+    found: Callable[..., Any] = getattr(module, function)
+    return found
+
+
+def _bound(function: Callable[..., Any], options: Mapping[str, Any]) -> Pass:
+    hints = get_type_hints(function)
+    known = {name for name, p in inspect.signature(function).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    for name in options:
+        if name not in known:
+            raise UserMistake(f"{function.__name__} has no option {name!r}", fix=nearest(name, known))
+    return Pass(function, {name: _converted(value, hints.get(name, str), name) for name, value in options.items()})
+
+
+def _converted(value: Any, wanted: Any, name: str) -> Any:
+    """An option given as text, as what the signature says."""
+    if not isinstance(value, str) or wanted is str:
+        return value
+    try:
+        if wanted is bool:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[value.lower()]
+        return wanted(value) if wanted in (int, float) else value
+    except (ValueError, KeyError) as error:
+        raise UserMistake(f"option {name} cannot be {value!r}, it is of type {wanted.__name__}") from error

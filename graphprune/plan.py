@@ -1,0 +1,95 @@
+"""The plan: which units of which groups survive, as plain data that a person can read, diff and replay."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from graphprune.axes import Factor
+from graphprune.errors import UserMistake
+from graphprune.groups import Groups
+from graphprune.trace import Trace
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What happens to one group: its surviving units, and what the scores of kept and removed units look like."""
+
+    group: str
+    kind: str
+    size: int
+    kept: tuple[int, ...]
+    members: tuple[str, ...]
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A pruned shape of one model: only groups that shrink are listed. ``cost`` has ``before`` and ``after``."""
+
+    model: str
+    fingerprint: str
+    method: str
+    options: Mapping[str, Any]
+    cuts: tuple[Cut, ...]
+    cost: Mapping[str, Mapping[str, int]]
+
+    def keep(self, groups: Groups) -> dict[Factor, Sequence[int]]:
+        """The surviving units by factor, on the groups of the model the plan is applied to. Raises UserMistake on a stranger."""
+        if self.fingerprint != fingerprint(groups.axes.trace):
+            raise UserMistake(
+                f"this plan was made for another model ({self.model})",
+                why="parameter names or shapes differ",
+                fix="apply it to that model or to a checkpoint of the same architecture and sizes",
+            )
+        found = {group.name: group for group in groups}
+        return {found[cut.group].factor: cut.kept for cut in self.cuts}
+
+    def dumps(self) -> str:
+        """The plan as JSON, kept units as ranges: ``0-3,7``."""
+        body = asdict(self) | {"cuts": [asdict(cut) | {"kept": _ranges(cut.kept)} for cut in self.cuts]}
+        return json.dumps({"schema": SCHEMA, **body}, indent=1) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan; the file appears complete or not at all."""
+        target = Path(path)
+        part = target.with_name(target.name + ".part")
+        part.write_text(self.dumps())
+        part.replace(target)
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read a plan. Raises UserMistake when the file is missing, broken or of another schema."""
+    try:
+        body = json.loads(Path(path).read_text())
+        if body.pop("schema") != SCHEMA:
+            raise UserMistake(f"{path} has another plan schema than this graphprune reads ({SCHEMA})")
+        cuts = tuple(Cut(**{**c, "kept": _units(c["kept"]), "members": tuple(c["members"])}) for c in body.pop("cuts"))
+        return Plan(cuts=cuts, **body)
+    except FileNotFoundError as error:
+        raise UserMistake(f"there is no plan at {path}") from error
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserMistake(f"{path} is not a graphprune plan", why=str(error)) from error
+
+
+def fingerprint(trace: Trace) -> str:
+    """What two checkpoints of one architecture share: names, shapes and ties of all parameters and buffers."""
+    rows = sorted({(tensor.names, tensor.shape) for tensor in trace.tensors.values()})
+    return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+
+
+def _ranges(units: Iterable[int]) -> str:
+    runs = [[unit for _, unit in run] for _, run in groupby(enumerate(units), lambda pair: pair[1] - pair[0])]
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _units(text: str) -> tuple[int, ...]:
+    bounds = [part.split("-") for part in text.split(",")]
+    return tuple(unit for bound in bounds for unit in range(int(bound[0]), int(bound[-1]) + 1))

@@ -1,0 +1,64 @@
+"""A smaller transformers model in, the stock config that describes it out, or the reason why no config does."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from graphprune.axes import Axis, Keep
+from graphprune.propagate import Axes
+from graphprune.rewrite.config import build_meta, candidates, fit
+from graphprune.rewrite.module import adopt
+
+
+def shapes_after(axes: Axes, keep: Keep) -> dict[str, tuple[int, ...]]:
+    """The shape of every traced parameter and buffer after the cut, under each of its names."""
+    return {
+        alias: tuple(axis.resized(keep) for axis in axes.tensors[traced.name])
+        for traced in axes.trace.tensors.values()
+        if traced.kind != "constant"
+        for alias in traced.names
+    }
+
+
+def numbers(axes: Axes, keep: Keep) -> dict[int, list[int]]:
+    """What sizes anywhere in the graph become: hints for config fields that move no shape (a count of heads)."""
+    found: dict[int, set[int]] = defaultdict(set)
+    for axis in _axes(axes):
+        if not axis.factors.isdisjoint(keep):
+            found[axis.size].add(axis.resized(keep))
+    for factor, kept in keep.items():
+        found[factor.size].add(len(kept))
+    return {old: sorted(new) for old, new in found.items()}
+
+
+def _axes(axes: Axes) -> Iterator[Axis]:
+    for value in [*axes.tensors.values(), *axes.nodes.values()]:
+        yield from (axis for axis in value or () if isinstance(axis, Axis))
+
+
+def stock_config(
+    model: PreTrainedModel, smaller: nn.Module, axes: Axes, keep: Keep, accept: Callable[[nn.Module], bool]
+) -> PreTrainedConfig:
+    """The config whose constructor gives ``smaller`` its attributes, so that it computes what it should.
+
+    ``smaller`` takes them on. Raises ModelLimit when no config has these sizes or none computes the same.
+    """
+
+    def takes(config: PreTrainedConfig) -> bool:
+        adopt(smaller, build_meta(type(model), config))
+        return accept(smaller)
+
+    return fit(model, shapes_after(axes, keep), numbers(axes, keep), takes)
+
+
+def expressible(model: PreTrainedModel, axes: Axes, keep: Keep) -> None:
+    """Raise ModelLimit, with the reason, when no config field can express these sizes. Runs nothing, needs no weights."""
+    next(candidates(model, _saved(model, shapes_after(axes, keep)), numbers(axes, keep)))
+
+
+def _saved(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
+    return {name: shape for name, shape in shapes.items() if name in model.state_dict(keep_vars=True)}

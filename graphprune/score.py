@@ -1,0 +1,102 @@
+"""Groups and elementwise saliencies in, Scores out: one number a unit, however many tensors the unit spans.
+
+A criterion says how much each *element* of a tensor matters. Reducing that to units is the same for all criteria: sum over
+everything that is not the factor, as the axis expressions lay it out. That is also what keeps grouped-query scores aligned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graphprune.axes import Axis, Factor
+from graphprune.errors import UserMistake, nearest
+from graphprune.groups import Group, Groups
+
+Criterion = Callable[[str], Tensor | None]
+"""The elementwise saliency of a tensor by name, in the tensor's shape; None for a tensor that has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How much each unit of each group matters: float64 tensors of shape (units,), by group name. Low goes first."""
+
+    units: Mapping[str, Tensor]
+    method: str
+
+    def __getitem__(self, group: str) -> Tensor:
+        return self.units[group]
+
+
+def to_units(saliency: Tensor, axes: Sequence[Axis], dim: int, factor: Factor) -> Tensor:
+    """Sum an elementwise saliency over everything but ``factor`` on dimension ``dim``: shape (units,), float64.
+
+    ``saliency`` has the shape that ``axes`` describe. A factor that occurs twice on the dimension (``r + r``) collects both.
+    """
+    rows = saliency.movedim(dim, 0).flatten(1) if saliency.ndim > 1 else saliency.unsqueeze(1)
+    return gather_units(rows.sum(1, dtype=torch.float64), axes[dim], factor)
+
+
+def gather_units(profile: Tensor, axis: Axis, factor: Factor) -> Tensor:
+    """Sum a vector over an axis into the units of one of its factors: (axis size,) → (units,)."""
+    total = profile.new_zeros(factor.size, dtype=torch.float64)
+    for column in axis.units(factor):
+        index = torch.tensor(column, device=profile.device)
+        on = index >= 0
+        total.index_add_(0, index[on], profile[on].double())
+    return total
+
+
+# ── aggregators ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _product(members: Tensor) -> Tensor:
+    """Log space: the order of the product without its overflow."""
+    return members.clamp_min(torch.finfo(torch.float64).tiny).log().sum(0)
+
+
+AGGREGATORS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda members: members.sum(0),
+    "product": _product,
+    "max": lambda members: members.amax(0),
+    "mean": lambda members: members.mean(0),
+    "last-only": lambda members: members[-1],
+    "first-only": lambda members: members[0],
+}
+"""(members, units) in execution order → (units,). ``product`` gives the logarithm of the product."""
+
+
+def combine(members: Sequence[Tensor], how: str) -> Tensor:
+    """Reduce the members' unit scores to the group's. Raises UserMistake on an unknown aggregator."""
+    if how not in AGGREGATORS:
+        raise UserMistake(f"no aggregator is called {how!r}", fix=nearest(how, AGGREGATORS))
+    return AGGREGATORS[how](torch.stack(list(members)))
+
+
+def score(
+    groups: Groups | Iterable[Group],
+    axes: Mapping[str, Sequence[Axis]],
+    criterion: Criterion,
+    *,
+    method: str,
+    how: str = "sum",
+    after: Callable[[Tensor], Tensor] | None = None,
+) -> Scores:
+    """Score every group by an elementwise criterion.
+
+    ``after`` is applied to each member's unit sums before they are aggregated: ``torch.abs`` there makes a criterion
+    vector-wise. Members without saliency (buffers) do not count.
+    """
+    found: dict[str, Tensor] = {}
+    for group in groups:
+        rows = []
+        for member in group.members:
+            saliency = criterion(member.name)
+            if saliency is not None:
+                units = to_units(saliency, axes[member.name], member.dim, group.factor)
+                rows.append(units if after is None else after(units))
+        found[group.name] = combine(rows, how) if rows else torch.zeros(group.size, dtype=torch.float64)
+    return Scores(found, method)

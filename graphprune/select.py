@@ -1,0 +1,281 @@
+"""Scores and a budget in, a Plan out: which units go.
+
+Groups that must shrink alike form one *lever*; a lever shrinks in *steps*, each taking the lowest-scored units that are left.
+``local`` pulls every lever by the same share, ``global`` takes the cheapest steps (score per parameter) wherever they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphprune.axes import Factor
+from graphprune.cost import cost, parameters
+from graphprune.errors import ModelLimit, UserMistake, nearest
+from graphprune.groups import KINDS, Group, Groups
+from graphprune.plan import Cut, Plan, fingerprint
+from graphprune.score import Scores
+
+ALIASES = {"attention": ("head",), "heads": ("head",), "width": ("hidden",), "all": KINDS}
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much may stay, and under which rules.
+
+    ``keep`` is a share of the parameters of the groups of the allowed kinds, or of the whole ``model``. ``kinds`` None means
+    attention heads and FFN channels where there is attention, everything otherwise. ``round_to`` makes kept sizes multiples,
+    ``minimum`` bounds them below, ``alike`` makes equal layers shrink alike, ``protect`` names (globs, modules, tensors, groups)
+    what must not change.
+    """
+
+    keep: float = 0.8
+    keep_of: str = "groups"
+    scope: str = "local"
+    kinds: Sequence[str] | None = None
+    protect: Sequence[str] = ()
+    round_to: int | Mapping[str, int] = 1
+    minimum: int | Mapping[str, int] = 1
+    alike: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise UserMistake(f"keep must be above 0 and at most 1, not {self.keep}", fix="0.8 keeps 80 %")
+        for name, value, choices in (("keep_of", self.keep_of, ("groups", "model")), ("scope", self.scope, ("local", "global"))):
+            if value not in choices:
+                raise UserMistake(f"{name} cannot be {value!r}", fix=nearest(value, choices))
+
+
+@dataclass(frozen=True)
+class Lever:
+    """Groups that shrink together, step by step; ``order`` lists each group's units from least to most important."""
+
+    groups: tuple[Group, ...]
+    orders: tuple[tuple[int, ...], ...]
+    values: Tensor
+    step: int
+    floor: int
+
+    @property
+    def size(self) -> int:
+        """Units of each group."""
+        return self.groups[0].size
+
+    @cached_property
+    def steps(self) -> int:
+        """How many steps the lever can go down."""
+        return max(0, (self.size - self.floor) // self.step) if self.size % self.step == 0 else self._uneven()
+
+    def _uneven(self) -> int:
+        whole = self.size // self.step * self.step
+        return max(0, (whole - self.floor) // self.step + 1) if whole >= self.floor else 0
+
+    def kept(self, steps: int) -> int:
+        """Units each group keeps after ``steps``; the first step of an uneven size goes to the nearest multiple."""
+        if steps == 0:
+            return self.size
+        top = self.size if self.size % self.step == 0 else (self.size // self.step + 1) * self.step
+        return top - steps * self.step
+
+    @cached_property
+    def _running(self) -> list[float]:
+        return [0.0, *self.values.cumsum(0).tolist()]
+
+    def value(self, steps: int) -> float:
+        """The summed score of what the step number ``steps`` (from 1) removes."""
+        return self._running[self.size - self.kept(steps)] - self._running[self.size - self.kept(steps - 1)]
+
+
+def allowed_kinds(groups: Groups, kinds: Sequence[str] | None) -> tuple[str, ...]:
+    """The kinds a budget ranges over. Raises UserMistake on a kind this model lacks."""
+    present = groups.kinds
+    if kinds is None:
+        return tuple(kind for kind in ("head", "ffn") if kind in present) if "head" in present else tuple(present)
+    asked = [kind for name in kinds for kind in ALIASES.get(name, (name,))]
+    for kind in asked:
+        if kind not in KINDS:
+            raise UserMistake(f"no kind of group is called {kind!r}", fix=nearest(kind, [*KINDS, *ALIASES]))
+    if not set(asked) & set(present):
+        raise UserMistake(f"this model has no prunable {' or '.join(asked)}", fix=f"it has {', '.join(present) or 'none'}")
+    return tuple(dict.fromkeys(kind for kind in asked if kind in present))
+
+
+def select(groups: Groups, scores: Scores, budget: Budget) -> Plan:
+    """Choose the units that go. Raises ModelLimit, saying how close it gets and what stands in the way."""
+    kinds = allowed_kinds(groups, budget.kinds)
+    chosen = [group for group in groups if group.kind in kinds]
+    ledger = Ledger(groups, chosen, budget)
+    levers = _levers(ledger.free, scores, budget)
+    depths = _pull(levers, ledger, budget)
+    if ledger.cost(levers, depths) > ledger.target:
+        raise ledger.out_of_reach(levers, depths)
+    return _plan(groups, scores, budget, levers, depths)
+
+
+class Ledger:
+    """What a choice of depths costs, and what it may."""
+
+    def __init__(self, groups: Groups, chosen: Sequence[Group], budget: Budget) -> None:
+        self.axes = groups.axes
+        self.budget = budget
+        self.free = [group for group in chosen if not group.touches(budget.protect)]
+        known = groups.axes.trace.parameters
+        within = {member.name for group in chosen for member in group.members if member.name in known}
+        self.names = sorted(within) if budget.keep_of == "groups" else list(known)
+        self.before = parameters(self.axes, {}, self.names)
+        self.target = int(budget.keep * self.before)
+
+    def cost(self, levers: Sequence[Lever], depths: Sequence[int]) -> int:
+        """Parameters left."""
+        return parameters(self.axes, sizes_of(levers, depths), self.names)
+
+    def out_of_reach(self, levers: Sequence[Lever], depths: Sequence[int]) -> ModelLimit:
+        """The error when everything that may go has gone and it is not enough."""
+        best = self.cost(levers, depths) / self.before
+        stands = [f"{len(self.budget.protect)} protected names"] if self.budget.protect else []
+        stands += [f"minimum {self.budget.minimum}", f"multiples of {self.budget.round_to}"]
+        return ModelLimit(
+            f"a budget of {self.budget.keep:.1%} is out of reach: {best:.1%} is as small as these groups get",
+            why=f"{sum(1 for lever in levers for _ in lever.groups)} groups of kinds "
+            f"{', '.join(sorted({lever.groups[0].kind for lever in levers})) or 'none'} may shrink; {', '.join(stands)}",
+            fix="allow more kinds, protect less, or lower the minimum",
+        )
+
+
+def sizes_of(levers: Iterable[Lever], depths: Iterable[int]) -> dict[Factor, int]:
+    """How many units each factor keeps."""
+    return {
+        group.factor: lever.kept(depth) for lever, depth in zip(levers, depths, strict=True) if depth for group in lever.groups
+    }
+
+
+# ── levers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def signature(group: Group) -> tuple[Any, ...]:
+    """What groups of equal layers have in common: kind, size and member names but for the numbers in them."""
+    return group.kind, group.size, tuple(sorted((re.sub(r"\d+", "#", m.name), m.dim, m.role) for m in group.members))
+
+
+def _levers(free: Sequence[Group], scores: Scores, budget: Budget) -> list[Lever]:
+    sets: dict[Any, list[Group]] = defaultdict(list)
+    for group in free:
+        sets[signature(group) if budget.alike else group.name].append(group)
+    return [_lever(tuple(row), scores, budget) for row in sets.values()]
+
+
+def _lever(groups: tuple[Group, ...], scores: Scores, budget: Budget) -> Lever:
+    sorts = [torch.sort(scores[group.name], stable=True) for group in groups]
+    values = torch.stack([values for values, _ in sorts]).sum(0)
+    kind, step = groups[0].kind, _for_kind(budget.round_to, groups[0].kind)
+    step = step if step < groups[0].size else 1
+    floor = max(1, _for_kind(budget.minimum, kind))
+    return Lever(groups, tuple(tuple(order.tolist()) for _, order in sorts), values, step, floor)
+
+
+def _for_kind(setting: int | Mapping[str, int], kind: str) -> int:
+    return setting if isinstance(setting, int) else int(setting.get(kind, 1))
+
+
+# ── how far each lever goes ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _pull(levers: Sequence[Lever], ledger: Ledger, budget: Budget) -> list[int]:
+    order = _by_share(levers) if budget.scope == "local" else _by_value(levers, ledger)
+    low, high = 0, len(order)
+    while low < high:
+        middle = (low + high) // 2
+        if ledger.cost(levers, _depths(levers, order[:middle])) > ledger.target:
+            low = middle + 1
+        else:
+            high = middle
+    depths = _depths(levers, order[:high])
+    return _give_back(levers, ledger, depths, order[:high])
+
+
+def _depths(levers: Sequence[Lever], taken: Iterable[int]) -> list[int]:
+    depths = [0] * len(levers)
+    for place in taken:
+        depths[place] += 1
+    return depths
+
+
+def _by_share(levers: Sequence[Lever]) -> list[int]:
+    """Every step of every lever, in the order of the share of its units that is gone after it."""
+    steps = [
+        (1 - lever.kept(step) / lever.size, lever.value(step), place)
+        for place, lever in enumerate(levers)
+        for step in range(1, lever.steps + 1)
+    ]
+    return [place for _, _, place in sorted(steps)]
+
+
+def _by_value(levers: Sequence[Lever], ledger: Ledger) -> list[int]:
+    """Every step of every lever, cheapest first: score over parameters, never a later step of a lever before an earlier."""
+    whole = ledger.cost(levers, [0] * len(levers))
+    rows = []
+    for place, lever in enumerate(levers):
+        single = [int(other == place) for other in range(len(levers))]
+        price = (whole - ledger.cost(levers, single)) / max(1, lever.size - lever.kept(1)) if lever.steps else 1.0
+        worst = float("-inf")
+        for step in range(1, lever.steps + 1):
+            worst = max(worst, lever.value(step) / (price * (lever.kept(step - 1) - lever.kept(step))))
+            rows.append((worst, step, place))
+    return [place for _, _, place in sorted(rows)]
+
+
+def _give_back(levers: Sequence[Lever], ledger: Ledger, depths: list[int], taken: Sequence[int]) -> list[int]:
+    """Undo last steps that turn out not to be needed: a coarse step may have freed more than it had to."""
+    spent = ledger.cost(levers, depths)
+    if spent > ledger.target:
+        return depths
+    for place in dict.fromkeys(reversed(taken)):
+        while depths[place]:
+            depths[place] -= 1
+            if ledger.cost(levers, depths) > ledger.target:
+                depths[place] += 1
+                break
+    return depths
+
+
+# ── the plan ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _plan(groups: Groups, scores: Scores, budget: Budget, levers: Sequence[Lever], depths: Sequence[int]) -> Plan:
+    axes = groups.axes
+    cuts = tuple(cut for lever, depth in zip(levers, depths, strict=True) if depth for cut in _cuts(lever, depth, scores))
+    place = {group.name: i for i, group in enumerate(groups)}
+    before, after = cost(axes, {}), cost(axes, sizes_of(levers, depths))
+    names = ("parameters", "bytes", "flops")
+    return Plan(
+        model=axes.trace.name,
+        fingerprint=fingerprint(axes.trace),
+        method=scores.method,
+        options=_options(budget),
+        cuts=tuple(sorted(cuts, key=lambda cut: place[cut.group])),
+        cost={
+            "before": {name: getattr(before, name) for name in names},
+            "after": {name: getattr(after, name) for name in names},
+        },
+    )
+
+
+def _cuts(lever: Lever, depth: int, scores: Scores) -> Iterator[Cut]:
+    gone = lever.size - lever.kept(depth)
+    for group, order in zip(lever.groups, lever.orders, strict=True):
+        kept = tuple(sorted(order[gone:]))
+        row = scores[group.name]
+        summary = {"kept": float(row[list(kept)].mean()), "removed": float(row[list(order[:gone])].mean())}
+        yield Cut(group.name, group.kind, group.size, kept, tuple(str(m) for m in group.members), summary)
+
+
+def _options(budget: Budget) -> dict[str, Any]:
+    found = {name: getattr(budget, name) for name in ("keep", "keep_of", "scope", "kinds", "protect", "round_to", "minimum", "alike")}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}

@@ -1,0 +1,38 @@
+"""First-order Taylor pruning, element-wise: how much the loss would change if each weight were zero.
+
+Molchanov et al., "Importance Estimation for Neural Network Pruning" (arXiv 1906.10771, equation 8), as LLM-Pruner
+(arXiv 2305.11627, equation 5, first-order term) uses it::
+
+    score(unit) = aggregate over members of  Σ |w · ∂L/∂w|   over the member's slice of the unit
+
+summed over calibration batches, each batch's gradient consumed as it appears: the peak is the model plus one gradient.
+``result = graphprune.compile(model, method="taylor", calibration="self")``
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+from graphprune import Calibration, Groups, Scores, combine, see_gradients, to_units
+
+
+def taylor(model: nn.Module, groups: Groups, calibration: Calibration, *, aggregate: str = "sum") -> Scores:
+    """Score units by the summed first-order change of the loss: (units,) each, in float64."""
+    axes, spots = groups.axes.tensors, defaultdict(list)
+    for group in groups:
+        for place, member in enumerate(group.members):
+            spots[member.name].append((group, place, member))
+    totals: dict[tuple[str, int], Tensor] = {}
+
+    def see(name: str, weight: nn.Parameter, gradient: Tensor) -> None:
+        saliency = (weight.detach().float() * gradient.float()).abs_()
+        for group, place, member in spots[name]:
+            units = to_units(saliency, axes[name], member.dim, group.factor)
+            totals[group.name, place] = totals.get((group.name, place), torch.zeros_like(units)) + units
+
+    see_gradients(model, calibration.inputs, see, names=spots)
+    rows = {group.name: [totals[key] for key in sorted(totals) if key[0] == group.name] for group in groups}
+    return Scores({name: combine(members, aggregate) for name, members in rows.items()}, f"taylor {aggregate}")
