@@ -87,7 +87,7 @@ def calibrate(
 
 
 def read_texts(spec: str) -> list[str]:
-    """The documents of a text file (one), JSON lines (``file.jsonl[:field]``) or a dataset (``name[:config][:split]``)."""
+    """The documents of a text file (one), of ``file.jsonl[:field]``, or of the dataset ``name[:config][:split]``."""
     path, colon, field = spec.rpartition(":")
     for file, column in ((Path(spec), "text"), (Path(path), field)):
         if file.is_file() and (colon or column == "text"):

@@ -10,6 +10,9 @@ from difflib import get_close_matches
 from typing import ClassVar
 
 
+MOST_CHOICES = 12
+
+
 class GraphpruneError(Exception):
     """The base of all errors: what went wrong, then where (``at``), ``why``, and the ``fix``, a line each."""
 
@@ -39,12 +42,14 @@ class UserMistake(GraphpruneError):
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """The valid choices nearest to ``name``, as a hint: “did you mean wanda?”, or all of them when none is near."""
+    """The valid choices nearest to ``name``, as a hint: “did you mean wanda?”, or a list when none is near."""
     known = sorted(set(choices))
     close = get_close_matches(name, known, n=3, cutoff=0.6)
     if close:
         return f"did you mean {' or '.join(close)}?"
-    return f"choose one of {', '.join(known)}" if known else "there is none to choose from"
+    if not known:
+        return "there is none to choose from"
+    return f"choose one of {', '.join(known[:MOST_CHOICES])}{', …' if len(known) > MOST_CHOICES else ''}"
 
 
 def first_line(error: BaseException) -> str:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import json
 import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import module_from_spec, spec_from_file_location
@@ -227,7 +228,7 @@ def _from_hub(name: str, weights: bool) -> Path:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError, ValueError) as error:
         raise UserMistake(
             f"cannot open {name!r}",
-            why=f"no such path here, and the hub did not give it: {first_line(error)}",
+            why=f"no such path here, and the hub did not give it: {first_line(error).split('. ')[0]}",
             fix="give a checkpoint directory, a GGUF file or file.py:factory, or go online",
         ) from error
 
@@ -329,7 +330,8 @@ def _quiet() -> Iterator[None]:
     noise.set_verbosity_error()
     noise.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(io.StringIO()):  # the GGUF reader's bar heeds no setting
+            yield
     finally:
         noise.set_verbosity(level)
         if bars:
