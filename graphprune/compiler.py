@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import gcd
 from typing import Any
 
 import torch
@@ -22,13 +23,16 @@ from graphprune.rewrite.graph import cut_all, emit_graph, resized_graph
 from graphprune.rewrite.module import Attributes, copy_cut, emit_module
 from graphprune.rewrite.stock import expressible, stock_config
 from graphprune.score import Scores
-from graphprune.select import Budget, allowed_kinds, select
+from graphprune.select import Budget, allowed_kinds, for_kind, select
 from graphprune.source import guess_inputs
 from graphprune.trace import Inputs, Trace, trace
 from graphprune.verify import check_masked, close, leaves
 
 STAGES: Mapping[type, int] = {Trace: 0, Axes: 1, Groups: 2, Budget: 2, Scores: 3, Plan: 4}
 """Where a pass of the user's goes: behind the stage that makes the same fact; what replaces the result goes last."""
+
+TRIED_STEPS = 8
+"""How many roundings are tried to find sizes a config accepts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +142,7 @@ class Notes:
 
 def pipeline(scorer: Pass, extras: Sequence[Pass] = ()) -> list[Pass]:
     """The default stages around one scoring pass, with further passes behind the stage that makes what they make."""
-    stages = [Pass(f) for f in (traced, propagate, couple, narrow)] + [scorer] + [Pass(f) for f in (select, rewrite)]
+    stages = [Pass(f) for f in (traced, propagate, couple, narrow, stock_steps)] + [scorer] + [Pass(f) for f in (select, rewrite)]
     for extra in extras:
         place = [i for i, stage in enumerate(stages) if stage.makes is extra.makes]
         stages.insert(place[-1] + 1 if place else len(stages), extra)
@@ -154,21 +158,47 @@ def narrow(model: nn.Module, groups: Groups, budget: Budget, emission: Emission,
     """Only the groups the budget ranges over; by default none that would cost the stock config."""
     kinds = allowed_kinds(groups, budget.kinds)
     if isinstance(model, PreTrainedModel) and emission.emit == "module" and budget.alike:
-        for kind in kinds:
-            obstacle = _not_stock(model, groups, kind, budget)
-            if obstacle is None:
-                continue
-            if budget.kinds is None and len(kinds) > 1:
-                kinds = tuple(other for other in kinds if other != kind)
-                notes.lines.append(f"{kind} groups are left alone, no config expresses them: {obstacle}")
+        obstacles = {kind: _not_stock(model, groups, kind, budget) for kind in kinds}
+        spared = [kind for kind, why in obstacles.items() if why and budget.kinds is None]
+        if len(spared) < len(kinds):
+            notes.lines.extend(f"{kind} groups are left alone: {obstacles[kind]}" for kind in spared)
+            kinds = tuple(kind for kind in kinds if kind not in spared)
     return replace(groups, groups=tuple(group for group in groups if group.kind in kinds))
 
 
+def stock_steps(model: nn.Module, groups: Groups, budget: Budget, emission: Emission) -> Budget:
+    """The budget with each kind's sizes rounded to multiples that the config accepts (a width that heads must divide, say)."""
+    if not isinstance(model, PreTrainedModel) or emission.emit != "module" or not budget.alike:
+        return budget
+    steps = {}
+    for kind in groups.kinds:
+        asked = for_kind(budget.round_to, kind)
+        steps[kind] = next((step for step in _steps(groups, kind, asked) if not _refused(model, groups, kind, step, budget)), asked)
+    return replace(budget, round_to=steps)
+
+
+def _steps(groups: Groups, kind: str, asked: int) -> list[int]:
+    """Multiples of the asked rounding that divide the sizes of a kind, small ones first."""
+    size = gcd(*(group.size for group in groups if group.kind == kind))
+    return [asked, *(step for step in range(2, size) if size % step == 0 and step % asked == 0)][:TRIED_STEPS]
+
+
 def _not_stock(model: PreTrainedModel, groups: Groups, kind: str, budget: Budget) -> str | None:
-    """Why a config cannot express one unit less of a kind everywhere, None where it can."""
-    units: dict[Factor, range] = {g.factor: range(g.size - 1) for g in groups if g.kind == kind and not g.touches(budget.protect)}
+    """Why a config can express no smaller size of a kind, None where it can."""
+    first = ""
+    for step in _steps(groups, kind, for_kind(budget.round_to, kind)):
+        obstacle = _refused(model, groups, kind, step, budget)
+        if obstacle is None:
+            return None
+        first = first or obstacle
+    return first or None
+
+
+def _refused(model: PreTrainedModel, groups: Groups, kind: str, step: int, budget: Budget) -> str | None:
+    """Why no config expresses all groups of a kind one step smaller."""
+    free = [group for group in groups if group.kind == kind and not group.touches(budget.protect) and group.size > step]
     try:
-        expressible(model, groups.axes, units)
+        expressible(model, groups.axes, {group.factor: range(group.size - step) for group in free})
     except ModelLimit as limit:
         return limit.what
     return None

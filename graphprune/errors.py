@@ -1,6 +1,6 @@
 """What can go wrong. Receives nothing; every room raises one of these three kinds, and only these.
 
-A rule bug is ours, a model limit is the model's, a user mistake is the caller's. Each says what, where, why and what to do.
+A rule bug is ours, a model limit is the model's, a user mistake is the caller's. Each says what, where, why, and the fix.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import ClassVar
 
-
 MOST_CHOICES = 12
+"""A longer list of valid choices is cut."""
 
 
 class GraphpruneError(Exception):

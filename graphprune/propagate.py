@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from graphprune.axes import Axis, Factor
 from graphprune.errors import RuleBug
 from graphprune.rules import Literal, Op, Typed, Use, find_rule
 from graphprune.trace import Trace
-from graphprune.unify import Conflict, Link, Reason, Solver, Variable, resolve
+from graphprune.unify import Conflict, Expression, Link, Reason, Solver, Variable, resolve
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,8 @@ class Axes:
     """The solution of the axis analysis: the type of every tensor in the graph, and why each factor is what it is.
 
     ``tensors`` maps parameter, buffer and constant names to one Axis a dimension, ``nodes`` maps every fx node to the axes of
-    its value (a tuple of them for several outputs), ``literals`` the literal arguments that are sizes.
+    its value (a tuple of them for several outputs), ``literals`` the literal arguments that are sizes, ``least`` the units a
+    factor must keep where that is more than one.
     """
 
     trace: Trace
@@ -47,6 +48,7 @@ class Axes:
     links: tuple[Link, ...]
     origins: Mapping[tuple[str, int], Variable]
     pinned: Mapping[int, tuple[Variable, Reason]]
+    least: Mapping[Factor, int]
 
     def factors(self) -> frozenset[Factor]:
         """Every factor on any parameter, buffer or constant."""
@@ -76,6 +78,7 @@ class _Walk:
         self.active: set[fx.Node] = set()
         self.uses: list[Use] = []
         self.literals: dict[fx.Node, tuple[list[Literal], Any]] = {}
+        self.limits: list[tuple[Expression, int, Reason]] = []
 
     def visit(self, node: fx.Node) -> None:
         if any(operand in self.active for operand in node.all_input_nodes) or node.name in self.trace.inputs:
@@ -106,6 +109,7 @@ class _Walk:
         for operand in node.all_input_nodes if not self.open_ends else []:
             for typed in _each(self.values.get(operand)):
                 self._pin(typed, Reason("model output", operand))
+                self.solver.pin(typed.values or (), Reason("its positions are a model output", operand))
 
     def _call(self, node: fx.Node) -> Any:
         if getattr(node.target, "__name__", "") == "getitem":
@@ -113,7 +117,7 @@ class _Walk:
         shapes = _shapes(node.meta.get("val"))
         rule = find_rule(node.target)
         if shapes is None:
-            return None
+            return self._freeze_positions(node, "read as a number")
         if rule is None:
             return self._freeze(node, f"no rule for {node.target}")
         op = Op(self.solver, node, self._arguments(node), shapes)
@@ -127,8 +131,10 @@ class _Walk:
         self.uses += op.uses
         if op.literals:
             self.literals[node] = (op.literals, op.becomes)
+        self.limits += [(axis, count, Reason(f"must keep {count}", node)) for axis, count in op.limits]
         self._check(node, result, shapes)
         self._in_place(op, result)
+        self._freeze_positions(node, "computed with", [*op.understood, *(typed.values for typed in _each(result))])
         return result
 
     def _part(self, node: fx.Node) -> Any:
@@ -151,11 +157,19 @@ class _Walk:
         for operand in node.all_input_nodes:
             for typed in _each(self.values.get(operand)):
                 self._pin(typed, reason)
+        self._freeze_positions(node, "computed with")
         shapes = _shapes(node.meta.get("val"))
         if shapes is None:
             return None
         frozen = [self._frozen(shape, reason) for shape in ([shapes] if _single(shapes) else shapes)]
         return frozen[0] if _single(shapes) else tuple(frozen)
+
+    def _freeze_positions(self, node: fx.Node, what: str, understood: Sequence[Expression | None] = ()) -> None:
+        """An index tensor that an op does anything unforeseen with keeps the axis it ranges over from shrinking."""
+        for operand in node.all_input_nodes:
+            for typed in _each(self.values.get(operand)):
+                if typed.values is not None and typed.values not in understood:
+                    self.solver.pin(typed.values, Reason(f"its positions are {what}", node))
 
     def _frozen(self, shape: tuple[int, ...], reason: Reason) -> Typed:
         typed = Typed(tuple(self.solver.fresh(size) for size in shape))
@@ -186,6 +200,7 @@ class _Walk:
     # ── reading the solution ─────────────────────────────────────────────────────────────────────────────────────────
 
     def solution(self) -> Axes:
+        least = self._least()
         pins: dict[Factor, list[Reason]] = defaultdict(list)
         soft: dict[Factor, list[Reason]] = defaultdict(list)
         for variable in self.solver.variables:
@@ -204,7 +219,19 @@ class _Walk:
             links=tuple(self.solver.links),
             origins=self.origins,
             pinned=self.solver.pinned,
+            least=least,
         )
+
+    def _least(self) -> dict[Factor, int]:
+        """What each limit demands: of the innermost factor that is large enough, else nothing may shrink."""
+        least: dict[Factor, int] = {}
+        for axis, count, reason in self.limits:
+            enough = [factor for factor, _ in resolve(axis).occurrences() if factor.size >= count > 1]
+            if enough:
+                least[enough[-1]] = max(count, least.get(enough[-1], 1))
+            elif count > 1:
+                self.solver.pin(axis, reason)
+        return least
 
 
 def source_line(node: fx.Node) -> str:

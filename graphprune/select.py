@@ -174,13 +174,14 @@ def _levers(free: Sequence[Group], scores: Scores, budget: Budget) -> list[Lever
 def _lever(groups: tuple[Group, ...], scores: Scores, budget: Budget) -> Lever:
     sorts = [torch.sort(scores[group.name], stable=True) for group in groups]
     values = torch.stack([values for values, _ in sorts]).sum(0)
-    kind, step = groups[0].kind, _for_kind(budget.round_to, groups[0].kind)
+    kind, step = groups[0].kind, for_kind(budget.round_to, groups[0].kind)
     step = step if step < groups[0].size else 1
-    floor = max(1, _for_kind(budget.minimum, kind))
+    floor = max(1, for_kind(budget.minimum, kind))
     return Lever(groups, tuple(tuple(order.tolist()) for _, order in sorts), values, step, floor)
 
 
-def _for_kind(setting: int | Mapping[str, int], kind: str) -> int:
+def for_kind(setting: int | Mapping[str, int], kind: str) -> int:
+    """A setting given once for all kinds or kind by kind."""
     return setting if isinstance(setting, int) else int(setting.get(kind, 1))
 
 

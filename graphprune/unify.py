@@ -73,7 +73,7 @@ class Solver:
 
     def fresh(self, size: int) -> Expression:
         """An axis of ``size`` that nothing is known about."""
-        return ONE if size == 1 else ((self._variable(size),),)
+        return ((self._variable(size),),) if size > 1 else ONE * size
 
     def product(self, axes: Iterable[Expression]) -> Expression:
         """The row-major flattening of ``axes``, outermost first."""

@@ -45,11 +45,14 @@ def resized_graph(axes: Axes, keep: Keep) -> fx.Graph:
 
 
 def _follow(axes: Axes, node: fx.Node, copy: fx.Node, keep: Keep) -> None:
-    literals, becomes = axes.literals.get(node, ((), None))
-    changed = {lit.name: new for lit in literals if (new := _followed(axes, node, lit, keep)) is not None}
+    if node not in axes.literals:
+        return
+    literals, becomes = axes.literals[node]
+    arguments = _bound(node.target, copy)
+    changed = {lit.name: new for lit in literals if (new := _followed(axes, node, lit, arguments, keep)) is not None}
     if not changed:
         return
-    arguments = _bound(node.target, copy) | changed
+    arguments |= changed
     copy.target = becomes or node.target
     wanted = [argument.name for argument in copy.target._schema.arguments]  # type: ignore[union-attr]
     copy.args, copy.kwargs = (), {name: arguments[name] for name in wanted if name in arguments}
@@ -60,9 +63,11 @@ def new_literals(axes: Axes, node: fx.Node, keep: Keep) -> Iterator[tuple[Any, A
     """Each literal size of ``node`` that changes, before and after; lists give their changed entries."""
     arguments = _bound(node.target, node)
     for literal in axes.literals[node][0]:
-        before, after = arguments.get(literal.name), _followed(axes, node, literal, keep)
-        if after is None or literal.meaning == "constant" or before is None:
+        before, after = arguments.get(literal.name), _followed(axes, node, literal, arguments, keep)
+        if after is None or literal.meaning == "constant":
             continue
+        if before is None and literal.meaning == "sizes":
+            before = [axis.size for axis in literal.axes]
         if isinstance(before, list | tuple):
             yield from ((old, new) for old, new in zip(before, after, strict=False) if old != new)
         else:
@@ -86,18 +91,17 @@ def _positional(node: fx.Node) -> None:
     node.args, node.kwargs = tuple(args), kwargs
 
 
-def _followed(axes: Axes, node: fx.Node, literal: Literal, keep: Keep) -> Any:
+def _followed(axes: Axes, node: fx.Node, literal: Literal, arguments: Mapping[str, Any], keep: Keep) -> Any:
     """The literal's new value, None where it stays."""
     if literal.meaning == "constant":
         return literal.axes if _touched(axes, node, keep) else None
     if literal.meaning == "sizes":
-        return _sizes(node, literal, keep)
+        return _sizes(arguments.get(literal.name), literal, keep)
     if literal.axes.factors.isdisjoint(keep):
         return None
     if literal.meaning == "size":
         return literal.axes.resized(keep)
-    position = _bound(node.target, node).get(literal.name)
-    return _position(position, literal.axes, keep)
+    return _position(arguments.get(literal.name), literal.axes, keep)
 
 
 def _touched(axes: Axes, node: fx.Node, keep: Keep) -> bool:
@@ -105,9 +109,8 @@ def _touched(axes: Axes, node: fx.Node, keep: Keep) -> bool:
     return any(not axis.factors.isdisjoint(keep) for operand in operands for axis in operand if isinstance(axis, Axis))
 
 
-def _sizes(node: fx.Node, literal: Literal, keep: Keep) -> list[Any] | None:
+def _sizes(given: Any, literal: Literal, keep: Keep) -> list[Any] | None:
     """A list of sizes: integers follow their axes, -1 and symbolic sizes take care of themselves."""
-    given = _bound(node.target, node).get(literal.name)
     if all(axis.factors.isdisjoint(keep) for axis in literal.axes):
         return None
     if not isinstance(given, list | tuple):

@@ -59,15 +59,19 @@ def _diagonal(op: Op, name: str, named: list[list[str]], operands: Sequence[Type
             op.equal(operand.axes[places[0]], operand.axes[dim])
 
 
-def equation(text: str, *operations: Any, operands: Sequence[str]) -> None:
-    """Register operations whose axis facts are one einsum, with their tensor arguments by schema name."""
+def equation(text: str, *operations: Any, operands: Sequence[str], onto: str | None = None) -> None:
+    """Register operations whose axis facts are one einsum, with their tensor arguments by schema name.
+
+    The argument called ``onto`` is broadcast and added to the result.
+    """
     left, right = text.split("->")
     terms = [term.split() for term in left.split(",")]
 
     def product(op: Op) -> Typed:
         present = [(term, op.get(name)) for term, name in zip(terms, operands, strict=True)]
         given = [(term, operand) for term, operand in present if operand is not None]
-        return contraction(op, [term for term, _ in given], right.split(), [operand for _, operand in given])
+        result = contraction(op, [term for term, _ in given], right.split(), [operand for _, operand in given])
+        return result if onto is None else Typed(op.broadcast([result, op[onto]], op.shape))
 
     product.__name__ = f"equation {text}"
     rule(*operations)(product)
@@ -77,11 +81,15 @@ equation("... i, o i, o -> ... o", aten.linear, operands=("input", "weight", "bi
 equation("i k, k j -> i j", aten.mm, operands=("self", "mat2"))
 equation("b i k, b k j -> b i j", aten.bmm, operands=("self", "mat2"))
 equation("i k, k -> i", aten.mv, operands=("self", "vec"))
-equation("k, k -> ", aten.dot, aten.vdot, operands=("self", "tensor"))
-equation("... j, i k, k j -> i j", aten.addmm, operands=("self", "mat1", "mat2"))
-equation("... i j, b i k, b k j -> b i j", aten.baddbmm, operands=("self", "batch1", "batch2"))
-equation("i, j -> i j", aten.outer, operands=("self", "vec2"))
+equation("k, k -> ", aten.dot, operands=("self", "tensor"))
+equation("k, k -> ", aten.vdot, operands=("self", "other"))
+equation("i, j -> i j", aten.outer, aten.ger, operands=("self", "vec2"))
 equation("... i, o i j, ... j, o -> ... o", aten.bilinear, operands=("input1", "weight", "input2", "bias"))
+equation("i k, k j -> i j", aten.addmm, operands=("mat1", "mat2"), onto="self")
+equation("i k, k -> i", aten.addmv, operands=("mat", "vec"), onto="self")
+equation("i, j -> i j", aten.addr, operands=("vec1", "vec2"), onto="self")
+equation("b i k, b k j -> b i j", aten.baddbmm, operands=("batch1", "batch2"), onto="self")
+equation("b i k, b k j -> i j", aten.addbmm, operands=("batch1", "batch2"), onto="self")
 
 
 @rule(aten.matmul)
@@ -118,11 +126,15 @@ def attention(op: Op) -> Typed:
     if op.get("scale") is None:
         op.constant("scale", float(op.length(query.axes[-1])) ** -0.5)
     op.equal(key.axes[-2], value.axes[-2])
+    op.renormalise(key.axes[-2], "softmax over it")
     heads = [key, value]
     if op.get("enable_gqa", False):
         heads = [_repeated(op, query, operand) for operand in heads]
     lead = op.broadcast([Typed(operand.axes[:-2]) for operand in (query, *heads)], op.shape[:-2])
     positions = (query.axes[-2], key.axes[-2])
+    if op.get("is_causal", False):
+        for axis in positions:
+            op.pin(axis, "compared by position")
     if mask is not None:
         op.broadcast([Typed((*lead, *positions)), mask], (*op.shape[:-1], op.length(key.axes[-2])))
     joint = op.joint(query, key)

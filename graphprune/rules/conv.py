@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from graphprune.rules.table import Op, Typed, aten, rule
 from graphprune.unify import Expression
 
 
 def _transposed(op: Op) -> bool:
     return "transpose" in op.name or bool(op.get("transposed", False))
+
+
+def _pin_space(op: Op, axes: Iterable[Expression]) -> None:
+    for axis in axes:
+        op.pin(axis, "spatial extent")
 
 
 @rule(
@@ -21,8 +28,7 @@ def convolution(op: Op) -> Typed:
     op.equal(source.axes[place], op.product(group, inner))
     if bias is not None:
         op.equal(bias.axes[0], channels)
-    for axis in (*weight.axes[2:], *source.axes[place + 1 :]):
-        op.pin(axis, "spatial extent")
+    _pin_space(op, (*weight.axes[2:], *source.axes[place + 1 :]))
     op.use(source, place, "contracted", inner)
     op.use(weight, 0 if _transposed(op) else 1, "contracted", inner)
     op.use(weight, 1 if _transposed(op) else 0, "free", outer)
@@ -49,8 +55,9 @@ def _over_space(op: Op, count: int) -> Typed | tuple[Typed, ...]:
     source = op.tensors[0]
     lead = source.axes[: len(source.axes) - count]
     for operand in op.tensors:
-        for axis in operand.axes[len(operand.axes) - count :]:
-            op.pin(axis, "spatial extent")
+        _pin_space(op, operand.axes[len(operand.axes) - count :])
+        for axis, other in zip(lead, operand.axes, strict=False):
+            op.equal(axis, other)
 
     def out(shape: tuple[int, ...]) -> Typed:
         return Typed((*lead, *(op.pinned(size, "spatial extent") for size in shape[len(lead) :])))
@@ -72,7 +79,7 @@ def over_length(op: Op) -> Typed | tuple[Typed, ...]:
     aten.avg_pool2d, aten.max_pool2d, aten.adaptive_avg_pool2d, aten.adaptive_max_pool2d, aten.max_pool2d_with_indices,
     aten._adaptive_avg_pool2d, aten.upsample_bilinear2d, aten.upsample_nearest2d, aten.upsample_bicubic2d,
     aten._upsample_nearest_exact2d, aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa,
-    aten.reflection_pad2d, aten.replication_pad2d, aten.max_unpool2d, aten.fractional_max_pool2d,
+    aten.reflection_pad2d, aten.replication_pad2d, aten.max_unpool2d,
 )  # fmt: skip
 def over_area(op: Op) -> Typed | tuple[Typed, ...]:
     """Two spatial dimensions."""
@@ -92,8 +99,8 @@ def over_volume(op: Op) -> Typed | tuple[Typed, ...]:
 def grid_sampler(op: Op) -> Typed:
     """Channels pass; positions come from data."""
     source, grid = op["input"], op["grid"]
-    for axis in (*source.axes[2:], *grid.axes[1:]):
-        op.pin(axis, "spatial extent")
+    _pin_space(op, (*source.axes[2:], *grid.axes[1:]))
+    op.equal(source.axes[0], grid.axes[0])
     return Typed((*source.axes[:2], *(op.pinned(size, "spatial extent") for size in op.shape[2:])))
 
 
@@ -104,6 +111,7 @@ def pixel_shuffle(op: Op) -> Typed:
     square = op.pinned(scale * scale, "pixels of a square")
     (channels,) = op.fresh((op.shape[-3],))
     op.equal(source.axes[-3], op.product(channels, square))
+    _pin_space(op, source.axes[-2:])
     return Typed((*source.axes[:-3], channels, *(op.pinned(size, "spatial extent") for size in op.shape[-2:])))
 
 
@@ -113,6 +121,7 @@ def pixel_unshuffle(op: Op) -> Typed:
     source, scale = op["self"], op["downscale_factor"]
     square = op.pinned(scale * scale, "pixels of a square")
     channels = op.product(source.axes[-3], square)
+    _pin_space(op, source.axes[-2:])
     return Typed((*source.axes[:-3], channels, *(op.pinned(size, "spatial extent") for size in op.shape[-2:])))
 
 
@@ -131,6 +140,7 @@ def im2col(op: Op) -> Typed:
     """Patches: every channel with the pixels of one window, by window."""
     source = op["self"]
     window = op.pinned(op.shape[-2] // op.length(source.axes[-3]), "pixels of a window")
+    _pin_space(op, source.axes[-2:])
     return Typed((*source.axes[:-3], op.product(source.axes[-3], window), op.pinned(op.shape[-1], "windows")))
 
 
@@ -141,6 +151,7 @@ def col2im(op: Op) -> Typed:
     (channels,) = op.fresh((op.shape[-3],))
     window = op.pinned(op.length(source.axes[-2]) // op.shape[-3], "pixels of a window")
     op.equal(source.axes[-2], op.product(channels, window))
+    _pin_space(op, source.axes[-1:])
     return Typed((*source.axes[:-2], channels, *(op.pinned(size, "spatial extent") for size in op.shape[-2:])))
 
 

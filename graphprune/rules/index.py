@@ -7,15 +7,16 @@ from collections.abc import Sequence
 import torch
 
 from graphprune.rules.table import Op, Typed, aten, rule
-from graphprune.unify import Expression
+from graphprune.unify import ONE, Conflict, Expression
 
 
 def _indexed(op: Op, axis: Expression, index: Typed) -> None:
     """``axis`` is looked up by the values of ``index``."""
-    if index.values is None:
+    positions = op.positions(index)
+    if positions is None:
         op.pin(axis, "indexed by data")
     else:
-        op.equal(axis, index.values)
+        op.equal(axis, positions)
 
 
 @rule(aten.embedding)
@@ -33,14 +34,26 @@ def index_select(op: Op) -> Typed:
     source, index = op["self"], op["index"]
     dim = op.dim("dim", len(source.axes))
     _indexed(op, source.axes[dim], index)
-    return Typed((*source.axes[:dim], *index.axes, *source.axes[dim + 1 :]))
+    return Typed((*source.axes[:dim], index.axes[0] if index.axes else ONE, *source.axes[dim + 1 :]))
 
 
-@rule(aten.gather, aten.take_along_dim)
+@rule(aten.take_along_dim)
+def take_along_dim(op: Op) -> Typed:
+    """One position along ``dim`` for each index; the other axes broadcast."""
+    source, index = op["self"], op["indices"]
+    if op.get("dim") is None:
+        raise Conflict("indexes the flattened tensor")
+    dim = op.dim("dim", len(source.axes))
+    _indexed(op, source.axes[dim], index)
+    rows = [Typed((*operand.axes[:dim], *operand.axes[dim + 1 :])) for operand in (source, index)]
+    others = op.broadcast(rows, (*op.shape[:dim], *op.shape[dim + 1 :]))
+    return Typed((*others[:dim], index.axes[dim], *others[dim:]))
+
+
+@rule(aten.gather)
 def gather(op: Op) -> Typed:
     """One position along ``dim`` for each index; along the other axes index and tensor go together."""
-    name = "index" if "index" in op.arguments else "indices"
-    source, index = op["self"], op[name]
+    source, index = op["self"], op["index"]
     dim = op.dim("dim", len(source.axes))
     _indexed(op, source.axes[dim], index)
     _aligned(op, source, index, dim)
@@ -50,42 +63,48 @@ def gather(op: Op) -> Typed:
 def _aligned(op: Op, source: Typed, index: Typed, dim: int) -> None:
     """Along every axis but ``dim`` an index addresses its own position: the axes are equal, or the longer one is cut short."""
     for place, (axis, other) in enumerate(zip(source.axes, index.axes, strict=True)):
-        if place == dim:
-            continue
-        if op.length(axis) == op.length(other):
-            op.equal(axis, other)
-        else:
-            op.pin(axis, "indexed in part")
-            op.pin(other, "indexes in part")
+        if place != dim:
+            _same(op, axis, other)
+
+
+def _same(op: Op, axis: Expression, other: Expression) -> None:
+    if op.length(axis) == op.length(other):
+        op.equal(axis, other)
+    else:
+        op.pin(axis, "addressed in part")
+        op.pin(other, "addressed in part")
 
 
 @rule(aten.scatter, aten.scatter_add, aten.scatter_reduce)
 def scatter(op: Op) -> Typed:
-    """The reverse of gather: values land on positions along ``dim``."""
-    source, index = op["self"], op["index"]
+    """The reverse of gather: values land on positions along ``dim``; a zero that is added changes nothing there."""
+    source, index, written = op["self"], op["index"], op.get("src")
     dim = op.dim("dim", len(source.axes))
     _indexed(op, source.axes[dim], index)
     _aligned(op, source, index, dim)
-    if isinstance(op.get("src"), Typed):
-        for axis, other in zip(index.axes, op["src"].axes, strict=True):
-            if op.length(axis) == op.length(other):
-                op.equal(axis, other)
-            else:
-                op.pin(other, "scattered in part")
+    if isinstance(written, Typed):
+        for axis, other in zip(index.axes, written.axes, strict=True):
+            _same(op, axis, other)
+    if op.name == "scatter_add":
+        op.use(written, dim, "contracted")
+    else:
+        op.pin(index.axes[dim], "each of its positions is written")
     return Typed(source.axes)
 
 
 @rule(aten.index_add, aten.index_copy, aten.index_fill)
 def index_add(op: Op) -> Typed:
-    """Rows added at the positions that a vector of indices names."""
+    """Rows added (or written) at the positions that a vector of indices names; a row of zeros adds nothing."""
     source, index, added = op["self"], op["index"], op.get("source")
     dim = op.dim("dim", len(source.axes))
     _indexed(op, source.axes[dim], index)
-    if isinstance(added, Typed) and len(added.axes) == len(source.axes):
-        op.equal(added.axes[dim], index.axes[0])
-        for place, (axis, other) in enumerate(zip(source.axes, added.axes, strict=True)):
-            if place != dim:
-                op.equal(axis, other)
+    if isinstance(added, Typed):
+        for axis, other in zip((*source.axes[:dim], *index.axes, *source.axes[dim + 1 :]), added.axes, strict=True):
+            op.equal(axis, other)
+    if op.name == "index_add":
+        op.use(added, dim, "contracted")
+    else:
+        op.pin(index.axes[0], "each of its positions is written")
     return Typed(source.axes)
 
 
@@ -136,6 +155,8 @@ def slice_scatter(op: Op) -> Typed:
     source, written = op["self"], op["src"]
     dim = op.dim("dim", len(source.axes))
     op.pin(source.axes[dim], "overwritten in part")
+    if op.name == "slice_scatter":
+        op.pin(written.axes[dim], "overwrites a part")
     rest = [axis for place, axis in enumerate(source.axes) if place != dim]
     other = [axis for place, axis in enumerate(written.axes) if place != dim or op.name == "select_scatter"]
     for axis, twin in zip(rest, other, strict=True):
@@ -147,7 +168,7 @@ def slice_scatter(op: Op) -> Typed:
 def one_hot(op: Op) -> Typed:
     """A new axis with a position for each value."""
     source = op["self"]
-    axis = source.values
+    axis = op.positions(source)
     if axis is None or op.length(axis) != op.shape[-1]:
         axis = op.pinned(op.shape[-1], "one position for each value of data")
     op.literal("num_classes", axis)
@@ -165,6 +186,7 @@ def ranked(op: Op) -> Typed | tuple[Typed, ...]:
     first = op.shapes if op.name == "argsort" else op.shapes[0]
     if op.name != "topk":
         op.pin(axis, "sorted")
+    op.at_least(axis, op.get("k", 1))
     place = op.pinned(first[dim], "places of a ranking") if len(first) == len(source.axes) else None
     axes = (*source.axes[:dim], *([place] if place is not None else []), *source.axes[dim + 1 :])
     where = Typed(axes, axis)

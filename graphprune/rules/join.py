@@ -5,14 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from graphprune.rules.table import Op, Typed, aten, rule
-from graphprune.unify import Expression
+from graphprune.unify import ONE, Expression
 
 
 @rule(aten.cat, aten.concat, aten.concatenate)
 def cat(op: Op) -> Typed:
     """Segments in order along one dimension; the other dimensions are equal."""
-    parts = [part for part in op["tensors"] if len(part.axes) == len(op.shape)]
-    dim = op.dim("dim" if "dim" in op.arguments else "axis", len(op.shape))
+    return _joined(op, op.dim("dim" if "dim" in op.arguments else "axis", len(op.shape)))
+
+
+@rule(aten.hstack, aten.vstack)
+def stack_along(op: Op) -> Typed:
+    """Concatenation along the columns or the rows; of vectors, ``hstack`` along the only dimension."""
+    if op.name == "vstack":
+        return _joined(op, 0)
+    return _joined(op, min(1, len(op.shape) - 1))
+
+
+def _joined(op: Op, dim: int) -> Typed:
+    parts = [Typed((ONE,) * (len(op.shape) - len(part.axes)) + part.axes) for part in op["tensors"] if part.axes != ((),)]
     whole = tuple(segment for part in parts for segment in part.axes[dim])
     if all(op.frozen(part.axes[dim]) for part in parts):
         whole = op.pinned(op.shape[dim], "concatenation of frozen axes")
@@ -58,6 +69,7 @@ def slice_(op: Op) -> Typed:
     start = _from_front(op.get("start", 0), op.length(axis))
     step = int(op.get("step", 1))
     if size == op.length(axis):
+        _positions(op, axis, axis)
         return Typed(tuple(axes), op["self"].values)
     if op.frozen(axis):
         axes[dim] = op.pinned(size, "part of a frozen axis")
@@ -89,6 +101,7 @@ def _strided(op: Op, axis: Expression, start: int, step: int, size: int) -> Expr
         return op.pinned(size, "part of a frozen axis")
     (group,) = op.fresh((size,))
     op.equal(axis, op.product(group, op.pinned(step, f"sliced in steps of {step}")))
+    op.constant("start", start)
     op.position("end", axis)
     return group
 

@@ -31,17 +31,21 @@ def group_norm(op: Op) -> Typed:
     group, inner = op.fresh((op["num_groups"], op.length(channels) // op["num_groups"]))
     op.equal(channels, op.product(group, inner))
     op.literal("num_groups", group)
-    op.renormalise(inner, "normalised over")
+    for axis in (inner, *source.axes[2:]):
+        op.renormalise(axis, "normalised over")
     for name in ("weight", "bias"):
         if op.get(name) is not None:
             op.equal(channels, op[name].axes[0])
     return Typed(source.axes)
 
 
-@rule(aten.batch_norm, aten.instance_norm, aten._native_batch_norm_legit_no_training, aten.cudnn_batch_norm)
+@rule(aten.batch_norm, aten.instance_norm, aten._native_batch_norm_legit_no_training)
 def batch_norm(op: Op) -> Typed | tuple[Typed, ...]:
     """Each channel (dimension 1) on its own: scale, shift and running statistics carry it."""
     source = op["input"]
+    over = source.axes[2:] if op.get("use_input_stats", False) else (source.axes[0], *source.axes[2:]) if op.get("training") else ()
+    for axis in over:
+        op.renormalise(axis, "normalised over")
     for name in ("weight", "bias", "running_mean", "running_var"):
         if op.get(name) is not None:
             op.equal(source.axes[1], op[name].axes[0])
@@ -61,7 +65,7 @@ def softmax(op: Op) -> Typed:
 def weight_norm(op: Op) -> Typed | tuple[Typed, ...]:
     """``g · v / ‖v‖`` with the norm over every axis but one."""
     direction, scale = op["v"], op["g"]
-    kept = op.dim("dim", len(direction.axes))
+    kept = op["dim"] if op["dim"] != -1 else None
     for dim, axis in enumerate(direction.axes):
         if dim != kept:
             op.renormalise(axis, "weight norm over it")

@@ -19,8 +19,11 @@ def total(op: Op) -> Typed:
     """A sum (a norm is one of powers) is a contraction with ones."""
     source = op["self"]
     dims = op.dims("dim", len(source.axes))
+    powers = [op.get(name, 2) for name in ("ord", "p")]
     for dim in dims:
         op.use(source, dim, "contracted")
+        if any(not isinstance(power, int | float) or power <= 0 for power in powers):
+            op.renormalise(source.axes[dim], "a norm that zeros count in")
     return Typed(_reduced(op, source, dims))
 
 
@@ -65,11 +68,12 @@ def running_total(op: Op) -> Typed:
 @rule(aten.cosine_similarity)
 def cosine_similarity(op: Op) -> Typed:
     """Two norms and a product over one axis."""
-    rank = max(len(operand.axes) for operand in op.tensors)
+    rank = len(op.shape) + 1
     dim = op.dim("dim", rank, 1)
+    summed = [(operand, dim - rank) for operand in op.tensors if len(operand.axes) >= rank - dim]
     shape = list(op.shape)
-    shape.insert(dim, max(op.length(operand.axes[dim]) for operand in op.tensors))
+    shape.insert(dim, max(op.length(operand.axes[place]) for operand, place in summed))
     axes = op.broadcast(op.tensors, tuple(shape))
-    for operand in op.tensors:
-        op.use(operand, dim, "contracted")
+    for operand, place in summed:
+        op.use(operand, place, "contracted")
     return Typed(axes[:dim] + axes[dim + 1 :])

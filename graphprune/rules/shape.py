@@ -18,10 +18,19 @@ def reshape(op: Op) -> Typed:
     return Typed(axes, op["self"].values)
 
 
-@rule(aten.flatten, aten.view_as, aten.reshape_as)
+@rule(aten.flatten, aten.ravel)
 def flatten(op: Op) -> Typed:
     """Views whose shape needs no literal."""
     return Typed(_viewed(op, op["self"].axes, op.shape), op["self"].values)
+
+
+@rule(aten.view_as, aten.reshape_as)
+def view_as(op: Op) -> Typed:
+    """A view whose shape is another tensor's."""
+    axes = _viewed(op, op["self"].axes, op.shape)
+    for axis, other in zip(axes, op["other"].axes, strict=True):
+        op.equal(axis, other)
+    return Typed(axes, op["self"].values)
 
 
 @rule(aten.unflatten)
@@ -105,16 +114,17 @@ def unsqueeze(op: Op) -> Typed:
 
 @rule(aten.squeeze)
 def squeeze(op: Op) -> Typed:
-    """Dimensions of size one dropped."""
+    """Dimensions of size one dropped: those that are one now, not those that shrink to it."""
     source = op["self"]
-    dims = op.dims("dim", len(source.axes))
-    return Typed(tuple(a for i, a in enumerate(source.axes) if i not in dims or op.length(a) != 1), source.values)
+    dims = [dim for dim in op.dims("dim", len(source.axes)) if op.length(source.axes[dim]) == 1]
+    op.constant("dim", dims, becomes=aten.squeeze.dims)
+    return Typed(tuple(axis for dim, axis in enumerate(source.axes) if dim not in dims), source.values)
 
 
 @rule(aten.expand, aten.broadcast_to, aten.expand_as)
 def expand(op: Op) -> Typed:
-    """Sizes of one, and new leading dimensions, become copies: a factor of their own."""
-    axes = op.broadcast([op["self"]], op.shape)
+    """Sizes of one, and new leading dimensions, become copies: a factor of their own, or the other tensor's."""
+    axes = op.broadcast(op.tensors, op.shape)
     if "size" in op.arguments:
         op.literal("size", list(axes))
     return Typed(axes, op["self"].values)
@@ -143,11 +153,22 @@ def repeat_interleave(op: Op) -> Typed:
     dim = op.dim("dim", len(axes))
     (times,) = op.fresh((op["repeats"],))
     op.literal("repeats", times)
+    if op.get("output_size") is not None:
+        op.literal("output_size", op.product(axes[dim], times))
     axes[dim] = op.product(axes[dim], times)
     return Typed(tuple(axes))
 
 
-@rule(aten.flip, aten.roll, aten.diff, aten.tril, aten.triu, aten.cumprod, aten.fft_fft, aten.fft_ifft, aten.fft_rfft, aten.fft_irfft)
+@rule(aten.diff)
+def diff(op: Op) -> Typed:
+    """Neighbours subtracted, of what may be longer than the operand."""
+    out = reordered(op)
+    for axis in [axis for operand in op.tensors[1:] for axis in (*operand.axes, *out.axes)]:
+        op.pin(axis, "put before or after")
+    return out
+
+
+@rule(aten.flip, aten.roll, aten.tril, aten.triu, aten.cumprod, aten.fft_fft, aten.fft_ifft, aten.fft_rfft, aten.fft_irfft)
 def reordered(op: Op) -> Typed:
     """Positions along some dimensions matter, so those are frozen; the others pass."""
     source = op["self"]

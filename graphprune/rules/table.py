@@ -70,6 +70,8 @@ class Op:
         self.shapes = shapes
         self.uses: list[Use] = []
         self.literals: list[Literal] = []
+        self.limits: list[tuple[Expression, int]] = []
+        self.understood: list[Expression] = []
         self.becomes: Any = None
 
     def __getitem__(self, name: str) -> Any:
@@ -153,9 +155,20 @@ class Op:
         """The literal argument ``name`` is a position on ``axis``."""
         self.literals.append(Literal(name, axis, "position"))
 
-    def constant(self, name: str, value: float) -> None:
-        """The missing argument ``name`` defaults to something computed from a size; written out it is ``value``."""
+    def constant(self, name: str, value: Any, becomes: Any = None) -> None:
+        """Once anything shrinks, the argument ``name`` must say ``value``: its default, or its meaning, follows from a size."""
         self.literals.append(Literal(name, value, "constant"))
+        self.becomes = becomes
+
+    def at_least(self, axis: Expression, count: int) -> None:
+        """``axis`` must keep ``count`` of its indices for this op to run."""
+        self.limits.append((axis, count))
+
+    def positions(self, index: Typed) -> Expression | None:
+        """The axis that the values of ``index`` are positions on. Where a rule does not ask, that axis is frozen."""
+        if index.values is not None:
+            self.understood.append(index.values)
+        return index.values
 
     def frozen(self, axis: Expression) -> bool:
         """Whether no factor of ``axis`` can shrink."""
