@@ -89,15 +89,18 @@ REFORMER = {
 }
 
 
-def whole_chunks(model: Any) -> dict[str, Any]:
-    """A length that needs no padding: padding makes a mask whose sum the model asks for."""
-    return {"input_ids": torch.randint(4, 150, (5, 16), generator=torch.Generator().manual_seed(1))}
+PERCEIVER = {
+    "num_latents": 18,
+    "d_latents": 72,
+    "num_self_attends_per_block": 2,
+    "num_blocks": 1,
+    "self_attention_widening_factor": 2,
+    "num_cross_attention_heads": 4,
+}
 
 
-def codebooks(count: int) -> Callable[[Any], Mapping[str, Any]]:
-    """Codes for a music decoder: the codebooks of an example are rows of their own."""
-    draw = torch.Generator().manual_seed(1)
-    return lambda model: {"input_ids": torch.randint(4, 150, (5 * count, 13), generator=draw)}
+def some_tokens(length: int, rows: int = 5) -> torch.Tensor:
+    return torch.randint(4, 150, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
 CAUSAL: dict[str, Special] = {
@@ -164,18 +167,27 @@ CAUSAL: dict[str, Special] = {
     "minimax_m3_vl_text": sized(mlp_layer_types=["dense", "sparse"]),
     "ministral": sized(head_dim=24),
     "moshi": sized(num_codebooks=4),
-    "musicgen": Special(inputs=codebooks(4)),
-    "musicgen_melody": Special(inputs=codebooks(4)),
+    "musicgen": Special(inputs=lambda model: {"input_ids": some_tokens(13, 5 * 4)}),
+    "musicgen_melody": Special(inputs=lambda model: {"input_ids": some_tokens(13, 5 * 4)}),
     "nemotron": sized(num_key_value_heads=2),
     "qwen4_exp": sized(text_config=QWEN4),
     "qwen4_exp_text": sized(**QWEN4),
-    "reformer": Special(REFORMER, whole_chunks),
+    "reformer": Special(REFORMER, lambda model: {"input_ids": some_tokens(16)}),  # padding makes a mask that is summed
     "xlnet": Special({"d_head": 16}, lambda model: {"use_mems": False}),
     "xmod": sized(default_language="en_XX"),
     "zamba": sized(**ZAMBA),
     "zamba2": sized(**ZAMBA),
 }
-MASKED: dict[str, Special] = {}
+MASKED: dict[str, Special] = {
+    "esm": sized(vocab_size=199, pad_token_id=0, mask_token_id=198),
+    "esmc": sized(num_key_value_heads=6),
+    "funnel": sized(block_sizes=[2, 1], num_decoder_layers=1),
+    "neomme": sized(head_dim=32),
+    "perceiver": Special(PERCEIVER, lambda model: {"input_ids": None, "inputs": some_tokens(13)}),
+    "reformer": Special(REFORMER, lambda model: {"input_ids": some_tokens(16)}),
+    "squeezebert": sized(hidden_size=96, embedding_size=96, num_attention_heads=6),
+    "xmod": sized(default_language="en_XX"),
+}
 SEQ2SEQ: dict[str, Special] = {}
 IMAGE: dict[str, Special] = {}
 AUDIO: dict[str, Special] = {}
