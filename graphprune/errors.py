@@ -1,6 +1,6 @@
 """What can go wrong. Receives nothing; every room raises one of these three kinds, and only these.
 
-A rule bug is ours, a model limit is the model's, a user mistake is the caller's. Each says what, where, why, and the fix.
+A rule bug is ours, a model limit is the model's, a user mistake is the caller's. Each has a what, where, why and fix.
 """
 
 from __future__ import annotations

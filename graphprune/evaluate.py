@@ -1,4 +1,4 @@
-"""How good is a language model? A model, its tokenizer and texts in; its perplexity, or a continuation of a prompt, out."""
+"""A language model, its tokenizer and texts in; its perplexity, or its continuation of a prompt, out."""
 
 from __future__ import annotations
 
