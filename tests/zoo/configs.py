@@ -19,7 +19,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.zoo.inputs import example_inputs
 from tests.zoo.shrink import shrunken
-from tests.zoo.special import SPECIAL, Special
+from tests.zoo.special import Special
+from tests.zoo.special_audio import AUDIO
+from tests.zoo.special_image import IMAGE
+from tests.zoo.special_text import CAUSAL, MASKED, SEQ2SEQ
 from tests.zoo.weights import sharpen
 
 MAPPINGS = {
@@ -38,6 +41,7 @@ MAPPINGS = {
     ),
 }
 FAMILIES = tuple(MAPPINGS)
+SPECIAL = {"causal": CAUSAL, "masked": MASKED, "seq2seq": SEQ2SEQ, "image": IMAGE, "audio": AUDIO}
 ROLES = {"causal": {"is_decoder": True}}
 
 

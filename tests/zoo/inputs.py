@@ -41,9 +41,10 @@ def tokens(draw: torch.Generator, length: int = LENGTH, batch: int = BATCH) -> T
 
 
 def images(model: nn.Module, draw: torch.Generator) -> dict[str, Tensor]:
-    size = getattr(model.config, "image_size", None) or 32
+    config = getattr(model.config, "vision_config", None) or model.config
+    size = getattr(config, "image_size", None) or 64
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return {"pixel_values": torch.randn(BATCH, getattr(model.config, "num_channels", 3), height, width, generator=draw)}
+    return {"pixel_values": torch.randn(BATCH, getattr(config, "num_channels", 3), height, width, generator=draw)}
 
 
 def audio(model: nn.Module, takes: Any, draw: torch.Generator) -> dict[str, Any]:

@@ -58,7 +58,7 @@ ROWS: tuple[tuple[str, int], ...] = (
 )
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 INDEX_LISTS = re.compile(r".*(layers|_ids|_idxs|_indexes|_indices)")
-TOKENS = re.compile(r".*token(_id|_index)?|.*_id|.*_index")
+TOKENS = re.compile(r".*_(id|index)")
 
 
 class Tokens(dict[str, int]):
