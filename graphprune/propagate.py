@@ -12,9 +12,13 @@ from torch import Tensor, fx
 
 from graphprune.axes import Axis, Factor
 from graphprune.errors import RuleBug
-from graphprune.rules import Literal, Op, Typed, Use, find_rule
+from graphprune.rules import Literal, Op, Typed, Use, find_rule, is_in_place
 from graphprune.trace import Trace
 from graphprune.unify import Conflict, Expression, Link, Reason, Solver, Variable, resolve
+
+
+UNKNOWN = 10_007
+"""Stands for a size that depends on data: prime, and larger than such sizes tend to be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +149,8 @@ class _Walk:
         """Arguments by schema name, defaults filled in, nodes replaced by what they stand for."""
         schema = node.target._schema.arguments  # type: ignore[union-attr]
         given = dict(zip((argument.name for argument in schema), node.args, strict=False)) | dict(node.kwargs)
-        defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
-        return {name: _replace(value, self._value) for name, value in (defaults | given).items()}
+        values = {argument.name: given.get(argument.name, argument.default_value) for argument in schema}
+        return {name: _replace(value, self._value) for name, value in values.items()}
 
     def _value(self, node: fx.Node) -> Any:
         value = self.values.get(node)
@@ -193,7 +197,7 @@ class _Walk:
                 raise RuleBug(f"the rule of {node.target} gives {typed.axes} where the op gives {shape}")
 
     def _in_place(self, op: Op, result: Any) -> None:
-        if str(op.node.target._schema.name).endswith("_") and isinstance(op.get("self"), Typed) and isinstance(result, Typed):  # type: ignore[union-attr]
+        if is_in_place(op.node.target) and isinstance(op.get("self"), Typed) and isinstance(result, Typed):
             for axis, other in zip(op["self"].axes, result.axes, strict=False):
                 op.equal(axis, other)
 
@@ -280,10 +284,12 @@ def _shapes(value: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """A symbolic size as the number it was traced with."""
-    if isinstance(value, torch.SymInt):
-        return value.node.hint if value.node.hint is not None else int(value)
-    return value
+    """A symbolic size as the number it was traced with; one that depends on data as a number no other size has."""
+    if not isinstance(value, torch.SymInt):
+        return value
+    if value.node.hint is not None:
+        return value.node.hint
+    return int(value.node.expr.xreplace({symbol: UNKNOWN for symbol in value.node.expr.free_symbols}))
 
 
 def _replace(value: Any, lookup: Any) -> Any:

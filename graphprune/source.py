@@ -316,14 +316,14 @@ def _check_shard(file: Path) -> None:
 def _guarded(where: Path, load: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
     """Call a loader of transformers, quietly, and turn whatever it raises into a model limit."""
     try:
-        with _quiet():
+        with quiet():
             return load(*args, **options)
     except Exception as error:
         raise ModelLimit("transformers cannot load this model", at=str(where), why=first_line(error)) from error
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and no advice from transformers while it loads."""
     noise: Any = transformers_logging
     level, bars = noise.get_verbosity(), noise.is_progress_bar_enabled()

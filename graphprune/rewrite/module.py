@@ -7,11 +7,11 @@ from. Nothing is taken on trust: ``accept`` runs each guess against the referenc
 
 from __future__ import annotations
 
-from collections import defaultdict
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, islice
 from typing import Any
 
 from torch import fx, nn
@@ -157,18 +157,19 @@ def _holds(held: Any, value: Any) -> bool:
 
 
 def _choices(evidence: Sequence[Evidence]) -> Iterator[dict[tuple[str, str], tuple[Any, Any]]]:
-    """Assignments of attributes: everything that may have changed first, then each ambiguous place on its own."""
+    """Assignments of attributes: everything that may have changed first, then without some of it, the fewest first.
+
+    Equal modules of equal layers are decided alike.
+    """
     change = {place: (item.before, item.after) for item in evidence for place in item.places}
-    yield change
-    kinds: dict[str, set[str]] = defaultdict(set)
-    for item in evidence:
-        if len(item.places) > 1:
-            for _, attribute in item.places:
-                kinds[attribute].add(attribute)
-    names = sorted(kinds)[:6]
-    for flags in list(product((True, False), repeat=len(names)))[1:TRIALS]:
-        skip = {name for name, flag in zip(names, flags, strict=True) if not flag}
-        yield {place: new for place, new in change.items() if place[1] not in skip}
+    keys = sorted({_kind_of_place(place) for place in change})
+    dropped = (drop for count in range(len(keys) + 1) for drop in combinations(keys, count))
+    for drop in islice(dropped, TRIALS):
+        yield {place: new for place, new in change.items() if _kind_of_place(place) not in drop}
+
+
+def _kind_of_place(place: tuple[str, str]) -> tuple[str, str]:
+    return re.sub(r"\d+", "#", place[0]), place[1]
 
 
 def _apply(model: nn.Module, choice: Mapping[tuple[str, str], tuple[Any, Any]]) -> list[tuple[nn.Module, str, Any]]:
@@ -193,12 +194,20 @@ def _exchanged(held: Any, before: Any, after: Any) -> Any:
 
 
 def _hidden(model: nn.Module, evidence: Sequence[Evidence], axes: Axes, keep: Keep) -> ModelLimit:
-    lost = [item for item in evidence if not item.places] or list(evidence)
-    where = source_line(lost[0].node) if lost else _first_cut(axes, keep)
-    why = f"{lost[0].before} must become {lost[0].after} there, and no attribute holds it" if lost else "its code computes sizes"
-    return ModelLimit(
-        f"{type(model).__name__} hides a size in its code", at=where, why=why, fix='emit="graph", or keep these kinds whole'
-    )
+    """The line that stands in the way: one whose size no attribute holds, or two that want different values of one attribute."""
+    lost = next((item for item in evidence if not item.places), None)
+    wanted: dict[tuple[str, str], Evidence] = {}
+    clash = next((i for i in evidence for place in i.places if wanted.setdefault(place, i).after != i.after), None)
+    if lost is not None:
+        where, why = source_line(lost.node), f"{lost.before} must become {lost.after} there, and no attribute holds it"
+    elif clash is not None:
+        other = next(wanted[place] for place in clash.places if wanted[place].after != clash.after)
+        where = source_line(clash.node)
+        why = f"{clash.places[0][1]} would have to be {clash.after} there and {other.after} at {source_line(other.node)}"
+    else:
+        where, why = _first_cut(axes, keep), "its code computes a size that follows from no attribute"
+    fix = 'emit="graph", or keep these kinds whole'
+    return ModelLimit(f"{type(model).__name__} hides a size in its code", at=where, why=why, fix=fix)
 
 
 def _first_cut(axes: Axes, keep: Keep) -> str:

@@ -112,8 +112,12 @@ def index_add(op: Op) -> Typed:
 def index(op: Op) -> Typed:
     """Advanced indexing: index tensors broadcast together; their place is the first indexed axis, if they are adjacent."""
     source, indices = op["self"], op["indices"]
-    if any(index is not None and _is_mask(op, place) for place, index in enumerate(indices)):
-        return _masked(op, source)
+    given = [(place, index) for place, index in enumerate(indices) if index is not None]
+    masks = [(place, index) for place, index in given if _is_mask(op, place)]
+    if masks and len(given) > 1:
+        raise Conflict("mixes masks with other indices")
+    if masks:
+        return _masked(op, source, *masks[0])
     return Typed(_advanced(op, source, indices, op.shape))
 
 
@@ -122,10 +126,13 @@ def _is_mask(op: Op, place: int) -> bool:
     return index.meta["val"].dtype in _BOOLEAN  # type: ignore[union-attr]
 
 
-def _masked(op: Op, source: Typed) -> Typed:
-    for axis in source.axes:
+def _masked(op: Op, source: Typed, place: int, mask: Typed) -> Typed:
+    """The dimensions a mask covers become one, of the places where it is true."""
+    after = place + len(mask.axes)
+    for axis in (*mask.axes, *source.axes[place:after]):
         op.pin(axis, "indexed by a mask")
-    return Typed(tuple(op.pinned(size, "chosen by a mask") for size in op.shape))
+    chosen = op.pinned(op.shape[place], "chosen by a mask")
+    return Typed((*source.axes[:place], chosen, *source.axes[after:]))
 
 
 def _advanced(op: Op, source: Typed, indices: Sequence[Typed | None], shape: Sequence[int]) -> tuple[Expression, ...]:
@@ -168,9 +175,8 @@ def slice_scatter(op: Op) -> Typed:
 def one_hot(op: Op) -> Typed:
     """A new axis with a position for each value."""
     source = op["self"]
-    axis = op.positions(source)
-    if axis is None or op.length(axis) != op.shape[-1]:
-        axis = op.pinned(op.shape[-1], "one position for each value of data")
+    known = source.values is not None and op.length(source.values) == op.shape[-1]
+    axis = op.positions(source) if known else op.pinned(op.shape[-1], "one position for each value of data")
     op.literal("num_classes", axis)
     return Typed((*source.axes, axis))
 

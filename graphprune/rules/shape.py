@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from math import prod
 
 from graphprune.rules.table import Op, Typed, aten, rule
-from graphprune.unify import ONE, Expression
+from graphprune.unify import ONE, Conflict, Expression
 
 
 @rule(aten.view, aten.reshape, aten._unsafe_view, aten._reshape_copy)
@@ -144,12 +144,9 @@ def repeat(op: Op) -> Typed:
 @rule(aten.repeat_interleave)
 def repeat_interleave(op: Op) -> Typed:
     """Copies of each index side by side: ``axis · times``."""
-    source = op["self"] if "self" in op.arguments else op["repeats"]
     if isinstance(op["repeats"], Typed) or op.get("dim") is None:
-        for axis in source.axes:
-            op.pin(axis, "repeated a number of times that depends on data")
-        return Typed(tuple(op.pinned(size, "repeated by data") for size in op.shape))
-    axes = list(source.axes)
+        raise Conflict("the number of repetitions depends on data, or on every dimension")
+    axes = list(op["self"].axes)
     dim = op.dim("dim", len(axes))
     (times,) = op.fresh((op["repeats"],))
     op.literal("repeats", times)

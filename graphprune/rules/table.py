@@ -226,10 +226,16 @@ def find_rule(target: Any) -> RuleFunction | None:
     if not isinstance(target, torch._ops.OpOverload):
         return None
     name = target._schema.name
-    found = RULES.get(name) or (RULES.get(name[:-1]) if name.endswith("_") and not name.endswith("__") else None)
+    found = RULES.get(name) or (RULES.get(name[:-1]) if is_in_place(target) else None)
     if found is None and torch.Tag.pointwise in target.tags:
         return RULES["pointwise"]
     return found
+
+
+def is_in_place(target: Any) -> bool:
+    """Whether an operation writes to its first operand: ``aten.add_`` does, ``aten.__and__`` does not."""
+    name = str(target._schema.name)
+    return name.endswith("_") and not name.endswith("__")
 
 
 def _flat(values: Iterable[Any]) -> Iterator[Any]:

@@ -1,0 +1,76 @@
+"""A result and where it came from in, a checkpoint directory out: written, loaded back, compared, and only then given its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from graphprune.compiler import Example, Result
+from graphprune.errors import ModelLimit, UserMistake
+from graphprune.rewrite.checkpoint import PLAN, complete_or_nothing, load, save_differing, save_plain, save_stock
+from graphprune.rewrite.graph import PrunedGraph
+from graphprune.source import Source, quiet
+from graphprune.trace import as_call, exportable
+from graphprune.verify import close, leaves
+
+PROGRAM = "model.pt2"
+
+
+def save(result: Result, out: str | Path, source: Source | None = None) -> Path:
+    """Write the smaller model, its tokenizer and plan to the directory ``out``, checked by loading it back.
+
+    Raises UserMistake when ``out`` is not empty, ModelLimit when what loads does not compute the same; nothing is written then.
+    """
+    with complete_or_nothing(out) as folder, quiet():
+        _write(result, folder)
+        result.plan.save(folder / PLAN)
+        if source is not None and source.path is not None:
+            _copy_tokenizer(source, folder)
+        if result.facts.get(Example) is not None and not isinstance(result.model, PrunedGraph):
+            _check_reload(result, folder)
+    return Path(out)
+
+
+def _write(result: Result, folder: Path) -> None:
+    model, original = result.model, result.facts[nn.Module]
+    if isinstance(model, PrunedGraph):
+        _save_program(model, result.facts[Example], folder)
+    elif not isinstance(model, PreTrainedModel):
+        save_plain(model, original, result.pruned.attributes or {}, folder)
+    elif result.pruned.config is not None:
+        save_stock(model, folder)
+    else:
+        save_differing(model, original, result.pruned.attributes or {}, folder)
+
+
+def _save_program(model: PrunedGraph, example: Example, folder: Path) -> None:
+    args, kwargs = as_call(example.inputs)
+    torch.export.save(torch.export.export(model, args, kwargs, strict=False), folder / PROGRAM)
+
+
+def _copy_tokenizer(source: Source, folder: Path) -> None:
+    try:
+        tokenizer = source.tokenizer()
+    except UserMistake:
+        return
+    tokenizer.save_pretrained(folder)
+
+
+def _check_reload(result: Result, folder: Path) -> None:
+    """What a stranger will load must compute what was verified in memory."""
+    if not isinstance(result.model, PreTrainedModel):
+        return
+    args, kwargs = as_call(result.facts[Example].inputs)
+    with torch.no_grad(), exportable(result.model):
+        expected = leaves(result.model(*args, **kwargs))
+    loaded: Any = load(folder).to(result.model.dtype).eval()
+    if not close(loaded, result.facts[Example].inputs, expected):
+        raise ModelLimit(
+            "the saved checkpoint does not compute what the pruned model does",
+            why="its class derives something else from the new sizes (an attention scale, a rotary table)",
+            fix="prune other kinds, or emit the graph",
+        )

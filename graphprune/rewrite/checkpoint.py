@@ -1,0 +1,206 @@
+"""A result in, a directory out that appears complete or not at all; and the way back. No pickle, no code of ours in a stock one.
+
+Three forms: a stock checkpoint that ``from_pretrained`` loads; a transformers model whose layers differ, with a record of its sizes
+and self-contained modelling code beside the weights; a plain module with the same record.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from graphprune.errors import ModelLimit, UserMistake, first_line
+from graphprune.rewrite import reshaped
+
+RECORD = "graphprune.json"
+PLAN = "graphprune_plan.json"
+MODELLING = "modeling_pruned"
+WEIGHTS = "model.safetensors"
+LARGEST_BUFFER = 65536
+"""Elements of an unsaved buffer that a record may carry."""
+
+
+def check_free(out: str | Path) -> Path:
+    """``out`` as a path that may be written. Raises UserMistake where something is there already."""
+    path = Path(out)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserMistake(f"{path} exists and is not empty", fix="choose another directory, or remove it")
+    return path
+
+
+@contextmanager
+def complete_or_nothing(out: str | Path) -> Iterator[Path]:
+    """A directory to fill. It takes the name ``out`` when the block ends well and vanishes when it does not."""
+    path = check_free(out)
+    part = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        if path.is_dir():
+            path.rmdir()
+        part.replace(path)
+    except OSError as error:
+        raise ModelLimit(f"{path} could not be written", why=error.strerror or str(error), fix="nothing was left behind") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+# ── saving ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def save_stock(model: PreTrainedModel, folder: Path) -> None:
+    """A checkpoint like any other of the model's class."""
+    model.save_pretrained(folder)
+
+
+def save_differing(model: PreTrainedModel, stock: PreTrainedModel, attributes: Mapping[str, Any], folder: Path) -> None:
+    """A transformers model that no config describes: weights, the record of sizes, and modelling code that reads it."""
+    record = make_record(model, stock, attributes)
+    kept = model.config.to_dict()
+    try:
+        model.config.update({"pruned": record, "auto_map": _auto_map(type(model))})
+        model.save_pretrained(folder)
+    finally:
+        for key in ("pruned", "auto_map"):
+            if key not in kept:
+                delattr(model.config, key)
+    (folder / f"{MODELLING}.py").write_text(_modelling(type(model)))
+    (folder / RECORD).write_text(json.dumps({"class": _path(type(model))} | record))
+
+
+def save_plain(model: nn.Module, stock: nn.Module, attributes: Mapping[str, Any], folder: Path, factory: str | None = None) -> None:
+    """A plain module: its state and the record. ``factory`` says how to build the original."""
+    state = {name: tensor.contiguous() for name, tensor in _distinct(model).items()}
+    save_file(state, folder / WEIGHTS)
+    record = make_record(model, stock, attributes)
+    (folder / RECORD).write_text(json.dumps({"class": _path(type(model)), "factory": factory} | record))
+
+
+def make_record(model: nn.Module, stock: nn.Module, attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stock instance must change to become ``model``: attributes, shapes, and buffers that no checkpoint holds."""
+    saved = model.state_dict(keep_vars=True)
+    before = dict(stock.named_parameters()) | dict(stock.named_buffers())
+    after = dict(model.named_parameters()) | dict(model.named_buffers())
+    changed = {name: tensor for name, tensor in after.items() if name in before and tensor.shape != before[name].shape}
+    unsaved = {name: tensor for name, tensor in changed.items() if name not in saved}
+    for name, tensor in unsaved.items():
+        if tensor.numel() > LARGEST_BUFFER:
+            raise ModelLimit(f"the buffer {name} is cut and too large for a record", fix='emit="graph"')
+    return {
+        "attributes": attributes,
+        "shapes": {name: list(tensor.shape) for name, tensor in changed.items() if name in saved},
+        "buffers": {name: tensor.tolist() for name, tensor in unsaved.items()},
+    }
+
+
+def _distinct(model: nn.Module) -> dict[str, Tensor]:
+    """The state with each tied tensor once."""
+    seen: set[int] = set()
+    state = model.state_dict(keep_vars=True)
+    return {n: t.detach() for n, t in state.items() if id(t) not in seen and not seen.add(id(t))}  # type: ignore[func-returns-value]
+
+
+def _auto_map(cls: type) -> dict[str, str]:
+    names = [n for n in dir(transformers) if n.startswith("AutoModel") and isinstance(getattr(transformers, n), type)]
+    return {name: f"{MODELLING}.{cls.__name__}" for name in names if cls in _classes(getattr(transformers, name))}
+
+
+def _classes(auto: Any) -> list[type]:
+    mapping = getattr(auto, "_model_mapping", None)
+    if mapping is None:
+        return []
+    names = [n for value in mapping._model_mapping.values() for n in (value if isinstance(value, tuple | list) else [value])]
+    return [getattr(transformers, name, type(None)) for name in names]
+
+
+def _modelling(cls: type) -> str:
+    return (
+        Path(reshaped.__file__).read_text()
+        + f'''
+
+from {cls.__module__} import {cls.__name__} as Stock
+
+
+class {cls.__name__}(Stock):
+    """The stock class (whose name transformers knows its checkpoints by) with the sizes its config records under ``pruned``."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        reshape(self, config.pruned)
+'''
+    )
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+# ── loading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Load what a compile saved, stock or with layers that differ. ``model`` is the unpruned original of a plain module.
+
+    Raises UserMistake when the directory is no such checkpoint, or a plain module's original is missing.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserMistake(f"there is no checkpoint at {path}")
+    try:
+        record = json.loads((path / RECORD).read_text()) if (path / RECORD).exists() else None
+        cls = _class(record["class"] if record else _architecture(path))
+    except (OSError, json.JSONDecodeError, KeyError) as error:
+        raise UserMistake(f"{path} is not a checkpoint", why=first_line(error)) from error
+    if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+        return cls.from_pretrained(path) if record is None else _load_differing(cls, path, record)
+    return _load_plain(path, record or {}, model)
+
+
+def _load_differing(cls: type[PreTrainedModel], path: Path, record: dict[str, Any]) -> PreTrainedModel:
+    def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, config, *args, **kwargs)
+        reshaped.reshape(self, record)
+
+    differing = type(cls.__name__, (cls,), {"__init__": build, "__module__": cls.__module__})
+    loaded = differing.from_pretrained(path, config=AutoConfig.from_pretrained(path, trust_remote_code=False))
+    loaded.__class__ = cls
+    return loaded  # type: ignore[no-any-return]
+
+
+def _load_plain(path: Path, record: dict[str, Any], model: nn.Module | None) -> nn.Module:
+    if model is None:
+        raise UserMistake(
+            f"{path} holds a plain module ({record.get('class')})", fix="pass the unpruned original: graphprune.load(dir, model)"
+        )
+    reshaped.reshape(model, record)
+    missing, unexpected = model.load_state_dict(load_file(path / WEIGHTS), strict=False)
+    tied = set(model.state_dict()) - set(_distinct(model))
+    if unexpected or set(missing) - tied:
+        raise UserMistake(f"{path} holds another model", why=f"tensors differ: {sorted({*missing, *unexpected} - tied)[:3]}")
+    return model
+
+
+def _architecture(path: Path) -> str:
+    name = json.loads((path / "config.json").read_text())["architectures"][0]
+    return f"transformers.{name}"
+
+
+def _class(dotted: str) -> Any:
+    module, _, name = dotted.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        return None
+
+
