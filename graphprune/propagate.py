@@ -120,7 +120,7 @@ class _Walk:
             return self._part(node)
         shapes = _shapes(node.meta.get("val"))
         rule = find_rule(node.target)
-        if shapes is None:
+        if rule is None and shapes is None:
             return self._freeze_positions(node, "read as a number")
         if rule is None:
             return self._freeze(node, f"no rule for {node.target}")
@@ -191,7 +191,11 @@ class _Walk:
         return tuple(self._own(part, node) for part in result) if isinstance(result, tuple | list) else result
 
     def _check(self, node: fx.Node, result: Any, shapes: Any) -> None:
+        if shapes is None:
+            return
         expected = [shapes] if _single(shapes) else list(shapes)
+        if len(expected) != len(list(_each(result))):
+            raise RuleBug(f"the rule of {node.target} gives {len(list(_each(result)))} tensors of {len(expected)}")
         for typed, shape in zip(_each(result), expected, strict=False):
             if tuple(Op.length(axis) for axis in typed.axes) != shape:
                 raise RuleBug(f"the rule of {node.target} gives {typed.axes} where the op gives {shape}")

@@ -138,6 +138,11 @@ class {cls.__name__}(Stock):
     def __init__(self, config):
         super().__init__(config)
         reshape(self, config.pruned)
+
+    @classmethod
+    def is_custom_code(cls):
+        """Its tensors are named as in the stock class, and saved the same way."""
+        return False
 '''
     )
 

@@ -87,6 +87,8 @@ def glu(op: Op) -> Typed:
     return Typed(tuple(axes))
 
 
-@rule(aten._assert_tensor_metadata, aten._assert_async, aten._assert_scalar, aten.sym_size, aten._local_scalar_dense, aten.item)
+@rule(aten._assert_tensor_metadata, aten._assert_scalar, aten.sym_size, aten.sym_numel, aten.sym_stride)
 def no_tensor(op: Op) -> None:
-    """A check or a number: no tensor comes out."""
+    """About a tensor, not its values: no tensor comes out."""
+    for operand in op.tensors:
+        op.positions(operand)

@@ -42,6 +42,7 @@ MAPPINGS = {
 }
 FAMILIES = tuple(MAPPINGS)
 SPECIAL = {"causal": CAUSAL, "masked": MASKED, "seq2seq": SEQ2SEQ, "image": IMAGE, "audio": AUDIO}
+LABELS = 7
 ROLES = {"causal": {"is_decoder": True}}
 
 
@@ -77,6 +78,8 @@ def build(model_type: str, family: str, seed: int = 0) -> Entry:
     special = SPECIAL[family].get(model_type, Special())
     cls = getattr(transformers, special.cls or class_names(family)[model_type])
     config = shrunken(CONFIG_MAPPING[model_type], ROLES.get(family, {}), special.config)
+    if family in ("image", "audio"):
+        config.num_labels = LABELS
     model = construct(cls, config_of(cls, config), special, seed)
     sharpen(model, seed, special.gain)
     inputs = example_inputs(model, family, seed)

@@ -65,19 +65,13 @@ def video(name: str = "pixel_values") -> Any:
     return lambda model: {"pixel_values": None} | {name: some_values(5, 4, 3, 32, 32)}
 
 
-def lcnet(block: Any, widths: list[int]) -> list[Any]:
-    """One depthwise block a stage, the squeeze in the last."""
-    pairs = list(zip(widths, widths[1:], strict=False))
-    return [[block(a, b, stage, stage == len(pairs) - 1)] for stage, (a, b) in enumerate(pairs)]
-
-
 IMAGE: dict[str, Special] = {
     "bit": convolutions(embedding_size=16, num_groups=4, hidden_sizes=[32, 48, 64, 80], depths=DEPTHS),
     "cohere2_vision": Special({"alignment_intermediate_size": 136}, image_tokens(16, "image_token_id")),
     "conditional_detr": detector(),
     "convnext": sized(**STAGES),
     "convnextv2": sized(**STAGES),
-    "cvt": sized(embed_dim=[16, 24, 48], num_heads=[1, 2, 4], depth=[1, 1, 2]),
+    "cvt": sized(embed_dim=[16, 24, 48], num_heads=[1, 2, 4], depth=[1, 2, 3]),
     "dab-detr": detector(),
     "deformable_detr": detector(levels=3, num_feature_levels=4),
     "depth_pro": Special(
@@ -139,8 +133,17 @@ IMAGE: dict[str, Special] = {
     "perceiver": sized(**PERCEIVER),
     "poolformer": sized(num_encoder_blocks=4, hidden_sizes=WIDTHS, depths=DEPTHS),
     "pp_lcnet": convolutions(scale=0.25, class_expand=60),
-    "pp_lcnet_v3": convolutions(scale=0.25),
-    "pp_lcnet_v4": convolutions(scale=0.25),
+    "pp_lcnet_v3": Special({"scale": 0.25}, gain=0.4),  # five branches are summed
+    "pp_lcnet_v4": convolutions(
+        stem_channels=[3, 8, 12],
+        stage_out_channels=[12, 16, 24, 40],
+        block_configs=[
+            [[3, 12, 12, 1, True]],
+            [[3, 12, 16, 1, False]],
+            [[3, 16, 24, [2, 1], False], [3, 24, 24, 1, True]],
+            [[3, 24, 40, [2, 1], False]],
+        ],
+    ),
     "pvt": sized(image_size=64, **PYRAMID),
     "pvt_v2": sized(image_size=[64, 64], **PYRAMID),
     "regnet": convolutions(embedding_size=12, groups_width=8, hidden_sizes=WIDTHS, depths=DEPTHS),
@@ -154,7 +157,9 @@ IMAGE: dict[str, Special] = {
         num_last_full_attention_layers=1,
     ),
     "segformer": sized(**PYRAMID),
-    "shieldgemma2": Special({"mm_tokens_per_image": 16}, image_tokens(16, "image_token_index")),
+    "shieldgemma2": Special(
+        {"mm_tokens_per_image": 16, "yes_token_index": 150, "no_token_index": 151}, image_tokens(16, "image_token_index")
+    ),
     "siglip2": Special(inputs=patches),
     "swiftformer": convolutions(image_size=64, embed_dims=WIDTHS, depths=[1, 1, 2, 1]),
     "swin": sized(**WINDOWS),
@@ -181,7 +186,7 @@ IMAGE: dict[str, Special] = {
     "videomae": Special({"num_frames": 4}, video()),
     "videoprism_vision_model": Special({"num_frames": 4, "tubelet_size": [1, 8, 8]}, video("pixel_values_videos")),
     "vit_mae": Special(inputs=lambda model: {"noise": some_values(5, 64)}),
-    "vitpose_backbone": sized(image_size=[32, 24], patch_size=[4, 4]),
+    "vitpose_backbone": sized(image_size=[64, 48], patch_size=[16, 16]),
     "vivit": Special({"num_frames": 4, "tubelet_size": [2, 8, 8]}, video()),
     "yolos": sized(image_size=[32, 48], num_detection_tokens=6),
 }
