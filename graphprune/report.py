@@ -1,4 +1,4 @@
-"""Figures and removals in, what a person looks at out: a before/after table, and a picture of what went, layer by layer.
+"""Figures and removals in, what a person looks at out: a before/after table, a picture of what went in each layer.
 
 Nothing here prints: the terminal parts are rich renderables, the picture is a PNG file.
 """
@@ -12,6 +12,7 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -23,8 +24,10 @@ HEAT = ("#8a97a3", "#f2b98a", "#ee9a5f", "#e8743b", "#d1521c", "#a93708", "#7d23
 BLOCKS = "▁▂▃▄▅▆▇█"
 NOTHING = "·"
 PREFIXES = ("", "k", "M", "G", "T")
+CELLS_A_LINE = 48
+"""Layers in one line of a strip."""
 WIDE_UNTIL = 32
-"""Layers up to which a cell is two characters wide, and its percentage is written in the picture."""
+"""Layers up to which the picture has room for a percentage in each bar."""
 MOST_TICKS = 24
 
 
@@ -53,9 +56,10 @@ class Amount:
 
     def __str__(self) -> str:
         scale = _scale(self.value)
-        spread = "" if self.spread is None else f" ± {_digits(self.spread / 1000**scale)}"
+        value, spread = (x / 1000**scale for x in (self.value, self.spread or 0.0))
+        shown = _digits(value) if self.spread is None else f"{value:,.1f} ± {spread:,.1f}"
         unit = f"{PREFIXES[scale]}{self.unit}"
-        return f"{_digits(self.value / 1000**scale)}{spread}{' ' if unit else ''}{unit}"
+        return f"{shown} {unit}" if unit else shown
 
 
 Value = Amount | float | int | str
@@ -63,7 +67,7 @@ Value = Amount | float | int | str
 
 def before_after(rows: Mapping[str, tuple[Value, Value]], *, title: str | None = None) -> Table:
     """A table of rows before and after, with the change where both are numbers."""
-    table = Table(title=title, title_style="bold", title_justify="left", header_style="bold", pad_edge=False)
+    table = Table(title=title, title_style="bold", title_justify="left", header_style="bold", box=SIMPLE_HEAD)
     table.add_column("", style="default")
     for name in ("before", "after", "change"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -76,13 +80,15 @@ def strips(removals: Iterable[Removal]) -> Table:
     """For each kind a strip with a block a layer: the higher and hotter, the more of that layer was removed."""
     grid = _grid(removals)
     layers = _layers(grid)
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right", style="default")
-    for kind, cells in grid.items():
-        table.add_row(kind, _strip(cells, layers), _summary(cells.values()))
-    table.add_row("", Text(_ruler(layers, _width(layers)), style="dim"), Text("removed of each layer", style="dim"))
+    legend = f"removed of each layer: {NOTHING} nothing, {BLOCKS[3]} half, {BLOCKS[-1]} all"
+    table = Table(box=None, pad_edge=False, show_header=False, caption=legend, caption_justify="left")
+    for style, justify in (("bold", "left"), ("", "left"), ("", "right")):
+        table.add_column(style=style, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for start in range(0, len(layers), CELLS_A_LINE):
+        line = layers[start : start + CELLS_A_LINE]
+        for kind, cells in grid.items():
+            table.add_row(kind, _strip(cells, line), _summary([cells[layer] for layer in line if layer in cells]))
+        table.add_row("", Text(_ruler(line), style="dim"), "")
     return table
 
 
@@ -97,7 +103,7 @@ def picture(removals: Iterable[Removal], path: str | Path, *, title: str = "What
     for panel, (kind, cells) in zip(axes, grid.items(), strict=True):
         _draw_kind(panel, kind, cells, layers)
     _draw_ruler(axes[-1], layers)
-    figure.savefig(path, dpi=160, facecolor="white")
+    figure.savefig(path, dpi=160, facecolor="white", bbox_inches="tight", pad_inches=0.3)
     return Path(path)
 
 
@@ -124,41 +130,32 @@ def _short(layers: Sequence[str]) -> list[str]:
     return [layer.removeprefix(f"{shared}.") if shared else layer for layer in layers]
 
 
-def _width(layers: Sequence[str]) -> int:
-    return 2 if len(layers) <= WIDE_UNTIL else 1
-
-
 def _strip(cells: Cells, layers: Sequence[str]) -> Text:
-    strip = Text()
-    for layer in layers:
-        strip.append_text(_block(cells.get(layer), _width(layers)))
-    return strip
+    return Text.assemble(*(_block(cells.get(layer)) for layer in layers))
 
 
-def _block(cell: Removal | None, width: int) -> Text:
+def _block(cell: Removal | None) -> tuple[str, str]:
+    """A layer's character and its colour."""
     if cell is None:
-        return Text(" " * width)
+        return " ", ""
     if cell.removed <= 0:
-        return Text(NOTHING.ljust(width), style=HEAT[0])
-    level = min(int(cell.removed * len(BLOCKS)), len(BLOCKS) - 1)
-    heat = HEAT[min(1 + int(cell.removed * (len(HEAT) - 1)), len(HEAT) - 1)]
-    return Text(BLOCKS[level].ljust(width, BLOCKS[level]) if width == 1 else BLOCKS[level] + " ", style=heat)
+        return NOTHING, HEAT[0]
+    height = min(round(cell.removed * len(BLOCKS) + 0.5) - 1, len(BLOCKS) - 1)
+    return BLOCKS[max(height, 0)], HEAT[min(1 + int(cell.removed * (len(HEAT) - 1)), len(HEAT) - 1)]
 
 
 def _summary(cells: Iterable[Removal]) -> str:
-    """“−20 %  1,152 of 1,440 kept”."""
+    """“−20%  1,152 of 1,440 kept”."""
     found = list(cells)
     kept, total = sum(cell.kept for cell in found), sum(cell.total for cell in found)
-    return f"−{1 - kept / total:.0%}  {kept:,} of {total:,} kept" if total else "none"
+    return f"−{1 - kept / total:.0%}  {kept:,} of {total:,}" if total else ""
 
 
-def _ruler(layers: Sequence[str], width: int) -> str:
-    """First and last label under the ends of a strip."""
-    if not layers:
-        return ""
+def _ruler(layers: Sequence[str]) -> str:
+    """The first and the last label under the ends of a strip; side by side where the strip is short."""
     labels = _short(layers)
-    gap = len(layers) * width - len(labels[0]) - len(labels[-1]) - (width - 1)
-    return f"{labels[0]}{' ' * max(gap, 1)}{labels[-1]}" if len(labels) > 1 else labels[0]
+    gap = len(layers) - len(labels[0]) - len(labels[-1])
+    return f"{labels[0]}{' ' * max(gap, 3)}{labels[-1]}" if len(labels) > 1 else labels[0]
 
 
 def _figure(title: str, kinds: int, layers: int) -> Any:
@@ -167,9 +164,9 @@ def _figure(title: str, kinds: int, layers: int) -> Any:
         figure_class = import_module("matplotlib.figure").Figure
     except ImportError:
         raise UserMistake("the picture needs matplotlib", fix="pip install matplotlib") from None
-    width, height = min(max(7.0, 2.2 + 0.36 * layers), 22.0), 1.5 + 1.25 * kinds
+    width, height = min(max(7.0, 2.2 + 0.36 * layers), 16.0), 1.5 + 1.25 * kinds
     figure = figure_class(figsize=(width, height))
-    figure.subplots_adjust(left=0.55 / width, right=1 - 0.3 / width, top=1 - 1.05 / height, bottom=0.75 / height)
+    figure.subplots_adjust(left=0.3 / width, right=1 - 0.3 / width, top=1 - 1.05 / height, bottom=0.75 / height)
     figure.text(0.3 / width, 1 - 0.38 / height, title, fontsize=14, fontweight="bold", color=INK, va="center")
     for x, color, label in ((2.05, KEPT, "kept"), (1.05, GONE, "removed")):
         figure.text(1 - x / width, 1 - 0.38 / height, "■", fontsize=11, color=color, va="center")
@@ -186,8 +183,8 @@ def _draw_kind(panel: Any, kind: str, cells: Cells, layers: Sequence[str]) -> No
         for place, share in zip(places, removed, strict=True):
             _write_share(panel, place, share)
     panel.set_title(kind, loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=5)
-    panel.set_title(_summary(cells.values()), loc="right", fontsize=9.5, color=QUIET, pad=5)
-    panel.set(xlim=(-0.6, len(layers) - 0.4), ylim=(0, 1), yticks=[])
+    panel.set_title(f"{_summary(cells.values())} kept", loc="right", fontsize=9.5, color=QUIET, pad=5)
+    panel.set(xlim=(-0.43, len(layers) - 0.57), ylim=(0, 1), yticks=[])
     panel.tick_params(length=0, labelsize=8.5, labelcolor=QUIET)
     panel.spines[:].set_visible(False)
 
