@@ -18,11 +18,12 @@ def example_inputs(model: nn.Module, family: str, seed: int) -> dict[str, Any]:
     takes = inspect.signature(model.forward).parameters
     draw = torch.Generator().manual_seed(seed)
     if family == "image":
-        return images(model, draw)
-    if family == "audio":
-        return audio(model, takes, draw)
-    inputs: dict[str, Any] = {"input_ids": tokens(draw, LENGTH)}
-    if family == "seq2seq" and "decoder_input_ids" in takes:
+        inputs: dict[str, Any] = images(model, draw)
+    elif family == "audio":
+        inputs = audio(model, takes, draw)
+    else:
+        inputs = {"input_ids": tokens(draw, LENGTH)}
+    if family in ("seq2seq", "audio") and "decoder_input_ids" in takes:
         inputs["decoder_input_ids"] = tokens(draw, LENGTH - 2)
     return inputs | without_cache(model, takes)
 
@@ -48,11 +49,6 @@ def images(model: nn.Module, draw: torch.Generator) -> dict[str, Tensor]:
 
 
 def audio(model: nn.Module, takes: Any, draw: torch.Generator) -> dict[str, Any]:
-    inputs: dict[str, Any] = {}
     if "input_values" in takes:
-        inputs["input_values"] = torch.randn(BATCH, 400, generator=draw)
-    elif "input_features" in takes:
-        inputs["input_features"] = torch.randn(BATCH, 40, getattr(model.config, "num_mel_bins", 20), generator=draw)
-    if "decoder_input_ids" in takes:
-        inputs["decoder_input_ids"] = tokens(draw, LENGTH - 2)
-    return inputs | without_cache(model, takes)
+        return {"input_values": torch.randn(BATCH, 400, generator=draw)}
+    return {"input_features": torch.randn(BATCH, 40, getattr(model.config, "num_mel_bins", 20), generator=draw)}

@@ -157,7 +157,7 @@ CAUSAL: dict[str, Special] = {
 }
 MASKED: dict[str, Special] = {
     "esm": sized(vocab_size=199, pad_token_id=0, mask_token_id=198),
-    "esmc": sized(vocab_size=199, num_key_value_heads=6),
+    "esmc": sized(vocab_size=199, num_key_value_heads=6, head_dim=16),
     "funnel": sized(block_sizes=[2, 1], block_repeats=[1, 1], num_decoder_layers=1),
     "neomme": sized(head_dim=32),
     "perceiver": Special(PERCEIVER, lambda model: {"input_ids": None, "inputs": some_tokens(13)}),
