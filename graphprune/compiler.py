@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from graphprune.axes import Factor, Keep
+from graphprune.axes import Keep
 from graphprune.data import Calibration
 from graphprune.errors import GraphpruneError, ModelLimit, UserMistake, nearest
 from graphprune.execute import execute, tensors_of
@@ -121,7 +121,7 @@ def compile(  # noqa: A001  the product's own verb
     """
     torch.manual_seed(seed)
     budget = Budget(keep, keep_of, scope, kinds, tuple(protect), round_to, minimum, _alike(model, alike, emit))
-    given: Facts = {nn.Module: model, Example: _example(model, example_inputs, calibration), Emission: Emission(emit, verify)}
+    given: Facts = {nn.Module: model, Example: example_for(model, example_inputs, calibration), Emission: Emission(emit, verify)}
     if calibration is not None:
         given[Calibration] = calibration if isinstance(calibration, Calibration) else Calibration(tuple(calibration), "given")
     notes: list[str] = []
@@ -245,7 +245,8 @@ def _alike(model: nn.Module, alike: bool | None, emit: str) -> bool:
     return isinstance(model, PreTrainedModel) and emit == "module" if alike is None else alike
 
 
-def _example(model: nn.Module, inputs: Inputs | None, calibration: Any) -> Example:
+def example_for(model: nn.Module, inputs: Inputs | None, calibration: Any) -> Example:
+    """The inputs to trace and check on: given ones, the first calibration batch, or small ones a transformers model accepts."""
     if inputs is not None:
         return Example(inputs)
     if calibration is not None:

@@ -5,18 +5,20 @@ Nothing here prints: the terminal parts are rich renderables, the picture is a P
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 from graphprune.errors import UserMistake
+from graphprune.groups import Groups
+from graphprune.plan import Plan
 
 KEPT, GONE, INK, QUIET = "#3d6b8c", "#e8743b", "#1f2a33", "#7b8794"
 HEAT = ("#8a97a3", "#f2b98a", "#ee9a5f", "#e8743b", "#d1521c", "#a93708", "#7d2300")
@@ -60,6 +62,17 @@ class Amount:
         shown = _digits(value) if self.spread is None else f"{value:,.1f} ± {spread:,.1f}"
         unit = f"{PREFIXES[scale]}{self.unit}"
         return f"{shown} {unit}" if unit else shown
+
+
+def removals(groups: Groups, plan: Plan) -> list[Removal]:
+    """What a plan takes from each group, by the layer (the deepest numbered module) that the group lies in."""
+    kept = {cut.group: len(cut.kept) for cut in plan.cuts}
+    return [Removal(_layer(group.name), group.kind, kept.get(group.name, group.size), group.size) for group in groups]
+
+
+def _layer(name: str) -> str:
+    numbered = re.match(r"(?:.*\.)?\d+(?=\.)", name)
+    return numbered.group() if numbered else name.rpartition(":")[0]
 
 
 Value = Amount | float | int | str
@@ -126,8 +139,11 @@ def _layers(grid: Mapping[str, Cells]) -> list[str]:
 
 def _short(layers: Sequence[str]) -> list[str]:
     """Labels without the dotted prefix that all of them share."""
-    shared = commonprefix(list(layers)).rpartition(".")[0] if len(layers) > 1 else ""
-    return [layer.removeprefix(f"{shared}.") if shared else layer for layer in layers]
+    parts = [layer.split(".") for layer in layers]
+    shared = 0
+    while all(len(names) > shared + 1 for names in parts) and len({names[shared] for names in parts}) == 1:
+        shared += 1
+    return [".".join(names[shared:]) for names in parts]
 
 
 def _strip(cells: Cells, layers: Sequence[str]) -> Text:
@@ -158,14 +174,10 @@ def _ruler(layers: Sequence[str]) -> str:
     return f"{labels[0]}{' ' * max(gap, 3)}{labels[-1]}" if len(labels) > 1 else labels[0]
 
 
-def _figure(title: str, kinds: int, layers: int) -> Any:
+def _figure(title: str, kinds: int, layers: int) -> Figure:
     """An empty figure with room for the bars; drawn without a screen."""
-    try:
-        figure_class = import_module("matplotlib.figure").Figure
-    except ImportError:
-        raise UserMistake("the picture needs matplotlib", fix="pip install matplotlib") from None
     width, height = min(max(7.0, 2.2 + 0.36 * layers), 16.0), 1.5 + 1.25 * kinds
-    figure = figure_class(figsize=(width, height))
+    figure = Figure(figsize=(width, height))
     figure.subplots_adjust(left=0.3 / width, right=1 - 0.3 / width, top=1 - 1.05 / height, bottom=0.75 / height)
     figure.text(0.3 / width, 1 - 0.38 / height, title, fontsize=14, fontweight="bold", color=INK, va="center")
     for x, color, label in ((2.05, KEPT, "kept"), (1.05, GONE, "removed")):
@@ -204,9 +216,7 @@ def _draw_ruler(panel: Any, layers: Sequence[str]) -> None:
     places = list(range(0, len(layers), every))
     tall = max(len(labels[i]) for i in places) > 4
     panel.set_xticks(places, [labels[i] for i in places], rotation=90 if tall else 0)
-    panel.set_xlabel(
-        "layer · number in a bar: removed, %" if len(layers) <= WIDE_UNTIL else "layer", color=QUIET, fontsize=9
-    )
+    panel.set_xlabel("layer · number in a bar: removed, %" if len(layers) <= WIDE_UNTIL else "layer", color=QUIET, fontsize=9)
 
 
 def _shown(value: Value) -> str:

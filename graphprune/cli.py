@@ -1,0 +1,290 @@
+"""The command line in, checkpoints and tables out. Every command is a thin face of a public function."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from graphprune import __version__
+from graphprune.bench import disk_bytes, kv_cache_bytes_per_token, parameters, speed
+from graphprune.compiler import Result, compile
+from graphprune.cost import parameters as count
+from graphprune.data import Calibration, calibrate, read_texts
+from graphprune.errors import GraphpruneError, UserMistake, nearest
+from graphprune.evaluate import perplexity, published
+from graphprune.groups import Groups, couple
+from graphprune.output import save
+from graphprune.pipeline import find_pass
+from graphprune.plan import load_plan
+from graphprune.propagate import propagate
+from graphprune.replay import replay
+from graphprune.report import Amount, before_after, removals, strips
+from graphprune.rewrite.checkpoint import check_free
+from graphprune.source import Source, open_source
+from graphprune.trace import trace
+
+app = typer.Typer(
+    help="graphprune makes PyTorch models physically smaller.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+err = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="A checkpoint directory, a GGUF file, a hub name, or file.py:factory.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The directory to write. It must not exist, or be empty.")]
+Kinds = Annotated[
+    str | None, typer.Option(help="Kinds of groups to prune, with commas: head,ffn,… (default: by architecture).")
+]
+Dtype = Annotated[str | None, typer.Option(help="Load as float32, bfloat16, … (default: as stored).")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """graphprune makes PyTorch models physically smaller."""
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.command("compile")
+def compile_(
+    model: Model,
+    output: Output,
+    keep: Annotated[float, typer.Option(help="Share of the prunable parameters to keep.")] = 0.8,
+    keep_of: Annotated[str, typer.Option(help="Count the share over the prunable 'groups' or the whole 'model'.")] = "groups",
+    method: Annotated[str, typer.Option(help="A pass that scores: NAME[:option=value…] or FILE.py[:function].")] = "magnitude",
+    kinds: Kinds = None,
+    scope: Annotated[
+        str, typer.Option(help="'local': every layer the same share; 'global': the least important anywhere.")
+    ] = "local",
+    round_to: Annotated[int, typer.Option(help="Keep multiples of this many units.")] = 1,
+    minimum: Annotated[int, typer.Option(help="Keep at least this many units of every group.")] = 1,
+    protect: Annotated[list[str] | None, typer.Option(help="A module, tensor or glob to leave alone; repeatable.")] = None,
+    alike: Annotated[
+        bool | None, typer.Option("--alike/--differ", help="Let equal layers shrink alike (a stock config needs it).")
+    ] = None,
+    emit: Annotated[str, typer.Option(help="'module': the original classes; 'graph': an exported program.")] = "module",
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Check the smaller model against the masked original.")
+    ] = True,
+    calibration: Annotated[
+        str, typer.Option(help="self (sampled from the model), a text file, .jsonl[:field], or a datasets name.")
+    ] = "self",
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens of each.")] = 128,
+    batch: Annotated[int, typer.Option(help="Sequences a batch.")] = 4,
+    extra: Annotated[
+        list[str] | None, typer.Option("--pass", help="A further pass: NAME[:option=value…] or FILE.py[:function]; repeatable.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 0,
+    dtype: Dtype = None,
+    debug: Debug = False,
+) -> None:
+    """Prune MODEL and write a smaller checkpoint that from_pretrained loads."""
+    check_free(output)
+    steps = [find_pass(method), *(find_pass(spec) for spec in extra or [])]
+    with _progress() as show:
+        show("opening")
+        source = open_source(model, dtype=_dtype(dtype))
+        text = _calibration(steps, source, calibration, samples, length, batch, seed, show)
+        result = compile(
+            source.model,
+            None if text else _inputs(source),
+            keep=keep, keep_of=keep_of, method=steps[0], kinds=_listed(kinds), scope=scope, round_to=round_to, minimum=minimum,
+            protect=protect or (), alike=alike, emit=emit, verify=verify, seed=seed, calibration=text, passes=steps[1:], progress=show,
+        )  # fmt: skip
+        show("saving")
+        save(result, output, source)
+    _show(result, output)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    explain: Annotated[
+        str | None, typer.Option(help="A tensor or group: print why it is coupled to what it is, or frozen.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the groups as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show the coupled groups of MODEL, and what is frozen and why. No weight is loaded."""
+    with _progress() as show:
+        show("tracing")
+        source = open_source(model, weights=False)
+        groups = couple(propagate(trace(source.model, _inputs(source))))
+    if explain:
+        out.print(groups.explain(explain), markup=False, highlight=False, soft_wrap=True)
+    elif as_json:
+        print(json.dumps([_row(groups, group.name) for group in groups], indent=1))
+    else:
+        _show_groups(groups)
+
+
+@app.command()
+def apply(
+    plan: Annotated[Path, typer.Argument(help="A plan file.")],
+    model: Model,
+    output: Output,
+    dtype: Dtype = None,
+    debug: Debug = False,
+) -> None:
+    """Prune MODEL exactly as PLAN says."""
+    check_free(output)
+    chosen = load_plan(plan)
+    with _progress() as show:
+        show("opening")
+        source = open_source(model, dtype=_dtype(dtype))
+        show("pruning")
+        result = replay(source.model, chosen, _inputs(source))
+        show("saving")
+        save(result, output, source)
+    _show(result, output)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    text: Annotated[str, typer.Option(help="A text file, .jsonl[:field], or a datasets name.")],
+    length: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
+    protocol: Annotated[str | None, typer.Option(help="A paper's protocol: llm-pruner or wanda.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many windows.")] = None,
+    dtype: Dtype = None,
+    debug: Debug = False,
+) -> None:
+    """Measure the perplexity of MODEL; the protocol is written into the result."""
+    source = open_source(model, dtype=_dtype(dtype))
+    how = published(protocol, source.model) if protocol else None
+    found = perplexity(source.model, source.tokenizer(), read_texts(text), length=length, limit=limit, protocol=how)
+    out.print(str(found))
+
+
+@app.command()
+def bench(
+    models: Annotated[list[str], typer.Argument(help="Models to time against each other; ratios are to the first.")],
+    prompt: Annotated[int, typer.Option(help="Tokens read.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens written.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Interleaved rounds.")] = 5,
+    dtype: Dtype = None,
+    debug: Debug = False,
+) -> None:
+    """Time MODELS in turns: tokens a second while reading and writing, median and spread."""
+    opened = {name: open_source(name, dtype=_dtype(dtype)).model.eval() for name in models}
+    found = speed(opened, prompt=prompt, new_tokens=new_tokens, repeats=repeats)
+    table = Table("model", "parameters", "KV bytes/token", "prefill tokens/s", "decode tokens/s")
+    for name, model in opened.items():
+        row = found[name]
+        table.add_row(name, f"{parameters(model):,}", str(kv_cache_bytes_per_token(model)), str(row.prefill), str(row.decode))
+    out.print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line. Exit codes: 0, 1 (failed), 2 (usage)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app(given, standalone_mode=True)
+    except GraphpruneError as error:
+        if "--debug" in given:
+            raise
+        err.print(f"[bold red]error[/] {type(error).__name__}", highlight=False)
+        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(error.exit_code) from None
+
+
+# ── leaves ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _progress:
+    """A spinner with the stage that is running."""
+
+    def __init__(self) -> None:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        self.bar = Progress(*columns, console=err, transient=True)
+
+    def __enter__(self) -> Any:
+        self.bar.__enter__()
+        task = self.bar.add_task("starting", total=None)
+        return lambda stage: self.bar.update(task, description=stage)
+
+    def __exit__(self, *problem: Any) -> None:
+        self.bar.__exit__(*problem)
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    if name not in known:
+        raise UserMistake(f"no dtype {name!r}", fix=nearest(name, known))
+    return known[name]
+
+
+def _listed(text: str | None) -> list[str] | None:
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _inputs(source: Source) -> Any:
+    return source.example_inputs()
+
+
+def _calibration(
+    steps: Sequence[Any], source: Source, spec: str, samples: int, length: int, batch: int, seed: int, show: Any
+) -> Calibration | None:
+    """Calibration data where some pass needs it; a data-free method needs no tokenizer and no text."""
+    if not any(Calibration in step.needs.values() for step in steps):
+        return None
+    show("calibration text")
+    return calibrate(spec, source, samples=samples, length=length, batch=batch, seed=seed)
+
+
+def _show(result: Result, output: Path) -> None:
+    before, after = result.plan.cost["before"], result.plan.cost["after"]
+    rows: dict[str, tuple[Any, Any]] = {
+        "parameters": (before["parameters"], after["parameters"]),
+        "bytes": (Amount(before["bytes"], "B"), Amount(after["bytes"], "B")),
+        "FLOPs of a traced forward": (Amount(before["flops"]), Amount(after["flops"])),
+    }
+    out.print(before_after(rows))
+    out.print(strips(removals(result.groups, result.plan)))
+    for note in result.notes:
+        out.print(f"note  {note}", markup=False, highlight=False)
+    stock = "a stock checkpoint: from_pretrained loads it"
+    if result.pruned.config is None:
+        stock = f"not a stock checkpoint: {(result.pruned.obstacle or '').splitlines()[0]}"
+    out.print(f"{output} ({Amount(disk_bytes(output), 'B')}), {stock}", markup=False, highlight=False)
+
+
+def _show_groups(groups: Groups) -> None:
+    axes = groups.axes
+    table = Table(
+        "group", "kind", "units", "parameters a unit", "exact", "tensors", title=f"{axes.trace.name}: {len(groups)} groups"
+    )
+    whole = count(axes, {})
+    for group in groups:
+        price = whole - count(axes, {group.factor: group.size - 1})
+        table.add_row(
+            group.name, group.kind, str(group.size), f"{price:,}", "yes" if group.exact else "no", str(len(group.members))
+        )
+    out.print(table)
+    frozen = Table("frozen", "size", "why", title="frozen")
+    for item in groups.frozen:
+        frozen.add_row(item.members[0].name, str(item.factor.size), item.reason.what)
+    out.print(frozen)
+
+
+def _row(groups: Groups, name: str) -> dict[str, Any]:
+    group = groups[name]
+    return {
+        "name": name, "kind": group.kind, "size": group.size, "exact": group.exact, "members": [str(m) for m in group.members],
+    }  # fmt: skip
