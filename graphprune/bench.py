@@ -73,12 +73,8 @@ def speed(
     """Time language models on one prompt: token ids (rows, n), or a number of random ones. Greedy, with a KV cache."""
     ids = prompt if isinstance(prompt, Tensor) else _random_prompt(models.values(), prompt, seed)
     if ids.dim() != 2 or ids.numel() == 0 or new_tokens < 1:
-        raise UserMistake(
-            f"no prompt of shape {tuple(ids.shape)} and {new_tokens} tokens to time", fix="ids (rows, n ≥ 1)"
-        )
-    seconds = race(
-        {name: partial(_reading_and_writing, model, ids, new_tokens) for name, model in models.items()}, repeats
-    )
+        raise UserMistake(f"no prompt of shape {tuple(ids.shape)} and {new_tokens} tokens to time", fix="ids (rows, n ≥ 1)")
+    seconds = race({name: partial(_reading_and_writing, model, ids, new_tokens) for name, model in models.items()}, repeats)
     reading, writing = _speeds(seconds, 0, ids.numel()), _speeds(seconds, 1, ids.shape[0] * new_tokens)
     return {name: LanguageSpeed(reading[name], writing[name]) for name in models}
 
@@ -123,9 +119,7 @@ def _speeds(seconds: Mapping[str, list[tuple[float, ...]]], phase: int, work: in
     """Rates of one phase, and their ratios to the first model's in the same round."""
     rates = {name: [work / run[phase] for run in runs] for name, runs in seconds.items()}
     first = next(iter(rates.values()), [])
-    return {
-        name: Speed(tuple(mine), tuple(a / b for a, b in zip(mine, first, strict=True))) for name, mine in rates.items()
-    }
+    return {name: Speed(tuple(mine), tuple(a / b for a, b in zip(mine, first, strict=True))) for name, mine in rates.items()}
 
 
 def _reading_and_writing(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:

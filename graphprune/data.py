@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -164,9 +165,7 @@ def _check_sizes(source: Feed, **sizes: int) -> None:
             raise UserMistake(f"{name} is {size}", fix="give a positive number")
     limit = getattr(source.config, "max_position_embeddings", None)
     if isinstance(limit, int) and sizes["length"] > limit:
-        raise UserMistake(
-            f"length is {sizes['length']}", why=f"the model reads at most {limit} tokens", fix=f"length ≤ {limit}"
-        )
+        raise UserMistake(f"length is {sizes['length']}", why=f"the model reads at most {limit} tokens", fix=f"length ≤ {limit}")
 
 
 def _rows(spec: str, source: Feed, samples: int, length: int, seed: int) -> tuple[Tensor, list[str]]:
@@ -186,14 +185,10 @@ def _sample_self(source: Feed, samples: int, length: int, seed: int) -> Tensor:
     device = next(model.parameters()).device
     if device.type == "meta" or getattr(source.config, "is_encoder_decoder", False):
         why = "its weights are not loaded" if device.type == "meta" else "it needs an input to answer"
-        raise UserMistake(
-            "the model cannot write its own calibration text", why=why, fix="calibrate on a text, or on random ids"
-        )
+        raise UserMistake("the model cannot write its own calibration text", why=why, fix="calibrate on a text, or on random ids")
     draw = torch.Generator().manual_seed(seed)
     prompts = torch.split(torch.full((samples, 1), start, device=device), SAMPLED_AT_ONCE)
-    return torch.cat(
-        [decode(model, prompt, lambda logits: _sampled(logits, draw), length - 1).cpu() for prompt in prompts]
-    )
+    return torch.cat([decode(model, prompt, lambda logits: _sampled(logits, draw), length - 1).cpu() for prompt in prompts])
 
 
 def _sampled(logits: Tensor, draw: torch.Generator) -> Tensor:
@@ -212,9 +207,7 @@ def _start_token(config: Any) -> int:
 
 def _special(config: Any) -> list[int]:
     named = [value for name, value in config.to_dict().items() if name.endswith(("token_id", "token_index"))]
-    return [
-        token for value in named for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)
-    ]
+    return [token for value in named for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)]
 
 
 def _crops(texts: list[str], tokenizer: Any, samples: int, length: int, seed: int) -> tuple[Tensor, list[str]]:
@@ -290,14 +283,12 @@ def _field(line: str, field: str, where: str) -> str:
 
 def _dataset(spec: str) -> list[str]:
     """The texts of a dataset: its column ``text``, or the only column of strings."""
-    name, *rest = spec.split(":")
+    name, *rest = re.split(r":(?![^\[]*\])", spec)  # a split may be a slice: test[:9]
     split = rest.pop() if len(rest) > 1 or (rest and rest[-1].partition("[")[0] in SPLITS) else "train"
     try:
         data = import_module("datasets").load_dataset(name, *rest, split=split)
     except ImportError:
-        raise UserMistake(
-            f"no such file: {spec}", why="and datasets is not installed", fix="pip install datasets"
-        ) from None
+        raise UserMistake(f"no such file: {spec}", why="and datasets is not installed", fix="pip install datasets") from None
     except Exception as error:
         raise UserMistake(f"cannot read {spec!r} as text", why=first_line(error), fix=_known_specs()) from error
     strings = [column for column, kind in data.features.items() if getattr(kind, "dtype", "") == "string"]

@@ -126,11 +126,7 @@ def open_source(
         raise UserMistake(f"which model in {path}?", fix=_offer(_callables(_import_file(path)), path))
     if not path.exists():
         path = _from_hub(text, weights)
-    return (
-        _from_gguf(path, dtype, weights, device)
-        if path.suffix == ".gguf"
-        else _from_checkpoint(path, dtype, weights, device)
-    )
+    return _from_gguf(path, dtype, weights, device) if path.suffix == ".gguf" else _from_checkpoint(path, dtype, weights, device)
 
 
 def find_smollm2() -> Path:
@@ -163,9 +159,7 @@ def _from_checkpoint(path: Path, dtype: torch.dtype | None, weights: bool, devic
     if not weights:
         return Source(_on_meta(model_class, config, dtype), config, path)
     _check_weights(folder)
-    model, report = _guarded(
-        folder, model_class.from_pretrained, folder, dtype=dtype or "auto", output_loading_info=True
-    )
+    model, report = _guarded(folder, model_class.from_pretrained, folder, dtype=dtype or "auto", output_loading_info=True)
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserMistake(
@@ -190,9 +184,7 @@ def _from_gguf(path: Path, dtype: torch.dtype | None, weights: bool, device: tor
     return Source(model.to(device), model.config, path)
 
 
-def _from_factory(
-    script: Path, name: str, weights: bool, dtype: torch.dtype | None, device: torch.device | str
-) -> Source:
+def _from_factory(script: Path, name: str, weights: bool, dtype: torch.dtype | None, device: torch.device | str) -> Source:
     """``file.py:factory``: the callable gives a module, or (module, example_inputs)."""
     if not script.is_file():
         raise UserMistake(f"no such file: {script}", fix=_siblings(script))
@@ -202,9 +194,7 @@ def _from_factory(
     made = _call_factory(found[name], f"{script}:{name}", "cpu" if weights else "meta")
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
-        raise UserMistake(
-            f"{script}:{name} gave a {type(model).__name__}", fix="return an nn.Module, or (module, example_inputs)"
-        )
+        raise UserMistake(f"{script}:{name} gave a {type(model).__name__}", fix="return an nn.Module, or (module, example_inputs)")
     return _from_module(model.to(device if weights else "meta", dtype).eval(), inputs)
 
 
@@ -267,9 +257,7 @@ def _model_class(config: Any) -> Any:
         if type(config) in mapping:
             chosen = mapping[type(config)]
             return chosen[0] if isinstance(chosen, tuple | list) else chosen
-    raise ModelLimit(
-        f"transformers has no model class for {type(config).__name__}", fix="build it yourself: file.py:factory"
-    )
+    raise ModelLimit(f"transformers has no model class for {type(config).__name__}", fix="build it yourself: file.py:factory")
 
 
 def _on_meta(model_class: Any, config: Any, dtype: torch.dtype | None) -> nn.Module:
@@ -342,9 +330,7 @@ def _load_tokenizer(path: Path) -> Any:
     where = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     folder = path if path.is_dir() else path.parent
     if not where and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise UserMistake(
-            f"no tokenizer in {folder}", fix="copy the tokenizer's files there, or use a data-free method"
-        )
+        raise UserMistake(f"no tokenizer in {folder}", fix="copy the tokenizer's files there, or use a data-free method")
     return _guarded(path, AutoTokenizer.from_pretrained, folder, **where)
 
 
@@ -409,9 +395,7 @@ def _named(model: nn.Module, inputs: object) -> dict[str, Tensor]:
     return dict(zip(names, values, strict=False))
 
 
-def guess_inputs(
-    model: nn.Module, config: PreTrainedConfig, *, rows: int | None = None, seed: int = 0
-) -> dict[str, Tensor]:
+def guess_inputs(model: nn.Module, config: PreTrainedConfig, *, rows: int | None = None, seed: int = 0) -> dict[str, Tensor]:
     """Inputs that a transformers model accepts: named by its signature, sized by its config, tried on fake tensors."""
     device = next(model.parameters()).device
     refusals: list[Exception] = []
