@@ -16,7 +16,6 @@ from graphprune.rules import Literal, Op, Typed, Use, find_rule, is_in_place
 from graphprune.trace import Trace
 from graphprune.unify import Conflict, Expression, Link, Reason, Solver, Variable, resolve
 
-
 UNKNOWN = 10_007
 """Stands for a size that depends on data: prime, and larger than such sizes tend to be."""
 
@@ -293,7 +292,7 @@ def _number(value: Any) -> Any:
         return value
     if value.node.hint is not None:
         return value.node.hint
-    return int(value.node.expr.xreplace({symbol: UNKNOWN for symbol in value.node.expr.free_symbols}))
+    return int(value.node.expr.xreplace(dict.fromkeys(value.node.expr.free_symbols, UNKNOWN)))
 
 
 def _replace(value: Any, lookup: Any) -> Any:

@@ -4,6 +4,22 @@ from graphprune.rules import contract, conv, create, index, join, norm, pointwis
 from graphprune.rules.table import RULES, Literal, Op, Typed, Use, find_rule, is_in_place, rule
 
 __all__ = [
-    "RULES", "Literal", "Op", "Typed", "Use", "find_rule", "is_in_place", "rule",
-    "contract", "conv", "create", "index", "join", "norm", "pointwise", "recurrent", "reduce", "shape",
+    "RULES",
+    "Literal",
+    "Op",
+    "Typed",
+    "Use",
+    "contract",
+    "conv",
+    "create",
+    "find_rule",
+    "index",
+    "is_in_place",
+    "join",
+    "norm",
+    "pointwise",
+    "recurrent",
+    "reduce",
+    "rule",
+    "shape",
 ]  # fmt: skip

@@ -13,16 +13,15 @@ GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 @rule(aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu)
 def recurrent(op: Op) -> tuple[Typed, ...]:
     """All layers and directions share the width of the state, because one tensor holds all their states."""
-    if "data" in op.arguments:
-        raise Conflict("its steps are packed")
+    directions = 2 if op["bidirectional"] else 1
+    cells = _cells(op, directions)
     source, states = op["input"], op["hx"] if op.name == "lstm" else [op["hx"]]
     batch, time = (0, 1) if op["batch_first"] else (1, 0)
     op.pin(source.axes[time], "one step after the other")
     _states(op, states, source.axes[batch])
     width = states[0].axes[2]
-    directions = 2 if op["bidirectional"] else 1
     op.use(source, 2, "contracted")
-    for place, weights in enumerate(_cells(op, directions)):
+    for place, weights in enumerate(cells):
         _cell(op, weights, source.axes[2] if place < directions else width * directions, width)
     return Typed((*source.axes[:2], width * directions)), *(Typed(state.axes) for state in states)
 
@@ -37,8 +36,8 @@ def _states(op: Op, states: Sequence[Typed], batch: Expression) -> None:
 def _cells(op: Op, directions: int) -> list[Sequence[Typed]]:
     """The parameters of each layer and direction: two weights, and two biases if any."""
     given, count = op["params"], 4 if op["has_biases"] else 2
-    if len(given) != count * op["num_layers"] * directions:
-        raise Conflict("its state is projected: whether it is, torch tells by comparing sizes")
+    if "input" not in op.arguments or len(given) != count * op["num_layers"] * directions:
+        raise Conflict("its steps are packed, or its state projected, which torch tells by comparing sizes")
     return [given[start : start + count] for start in range(0, len(given), count)]
 
 

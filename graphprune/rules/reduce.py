@@ -27,7 +27,9 @@ def total(op: Op) -> Typed:
     return Typed(_reduced(op, source, dims))
 
 
-@rule(aten.mean, aten.var, aten.std, aten.amax, aten.amin, aten.prod, aten.logsumexp, aten.any, aten.all, aten.var_mean, aten.median)
+@rule(
+    aten.mean, aten.var, aten.std, aten.amax, aten.amin, aten.prod, aten.logsumexp, aten.any, aten.all, aten.var_mean, aten.median,
+)  # fmt: skip
 def statistic(op: Op) -> Typed | tuple[Typed, ...]:
     """Anything else over an axis changes with the number or the choice of its units."""
     source = op["self"]
