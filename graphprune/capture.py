@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphprune.axes import Axis
-from graphprune.errors import ModelLimit
-from graphprune.execute import execute
+from graphprune.errors import ModelLimit, UserMistake
+from graphprune.execute import execute, tensors_of
+from graphprune.groups import Groups
 from graphprune.propagate import Axes
+from graphprune.trace import Trace
 
 Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 """``loss(model, inputs)``: a scalar to differentiate."""
@@ -39,7 +41,8 @@ def language_loss(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     logits = output[0] if not hasattr(output, "logits") else output.logits
     if "input_ids" not in inputs or logits.ndim != 3 or logits.shape[1] != inputs["input_ids"].shape[1]:
         raise ModelLimit("no loss is known for this model", fix="pass loss=, a function of (model, inputs)")
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), inputs["input_ids"][:, 1:].flatten())
+    precise = logits[:, :-1].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.cross_entropy(precise, inputs["input_ids"][:, 1:].flatten())
 
 
 def see_gradients(
@@ -63,6 +66,14 @@ def see_gradients(
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def one_by_one(batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Every row of every batch as a batch of its own: what per-sample gradients are taken of."""
+    for inputs in batches:
+        rows = max((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim), default=0)
+        for row in range(rows):
+            yield {k: v[row : row + 1] if isinstance(v, Tensor) and v.ndim else v for k, v in inputs.items()}
 
 
 def _hand_over(name: str, parameter: nn.Parameter, see: SeeGradient) -> Any:
@@ -130,6 +141,51 @@ def consumers(axes: Axes) -> tuple[Consumer, ...]:
     return tuple(found)
 
 
+def readers(groups: Groups) -> dict[str, tuple[Consumer, ...]]:
+    """For each group, the contractions with a weight that read its units. Raises ModelLimit for a group that has none."""
+    everywhere = consumers(groups.axes)
+    found = {}
+    for group in groups:
+        consuming = {(member.name, member.dim) for member in group.members if member.role == "consumes"}
+        mine = [c for c in everywhere if (c.weight, c.dim) in consuming and group.factor in c.axis.factors]
+        if not mine:
+            why, fix = "its units meet only other activations", "leave this kind out, or use a gradient"
+            raise ModelLimit(f"{group.name} is read by no weight", why=why, fix=fix)
+        found[group.name] = tuple(mine)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Power:
+    """What one consumer reads, over all positions of all batches: mean and mean square of each input, (width,), float64."""
+
+    mean: Tensor
+    square: Tensor
+
+    @property
+    def variance(self) -> Tensor:
+        """Population variance of each input."""
+        return (self.square - self.mean.square()).clamp_min(0)
+
+
+def input_power(model: nn.Module, groups: Groups, batches: Iterable[Mapping[str, Any]]) -> dict[Consumer, Power]:
+    """First and second moments of what flows into every consumer of every group."""
+    wanted = {consumer for found in readers(groups).values() for consumer in found}
+    sums: dict[Consumer, list[Tensor]] = {}
+    counts: dict[Consumer, int] = defaultdict(int)
+
+    def see(consumer: Consumer, x: Tensor) -> None:
+        if consumer not in wanted:
+            return
+        parts = [x.sum(0, dtype=torch.float64), x.double().square().sum(0)]
+        sums[consumer] = [a + b for a, b in zip(sums[consumer], parts, strict=True)] if consumer in sums else parts
+        counts[consumer] += len(x)
+
+    axes = groups.axes
+    see_inputs(axes, tensors_of(model, axes.trace), batches, see, wanted={consumer.weight for consumer in wanted})
+    return {consumer: Power(*(total / counts[consumer] for total in totals)) for consumer, totals in sums.items()}
+
+
 def see_inputs(
     axes: Axes,
     tensors: Mapping[str, Tensor],
@@ -138,7 +194,10 @@ def see_inputs(
     *,
     wanted: Collection[str] | None = None,
 ) -> None:
-    """Walk the traced graph on each batch (of the traced shape) and show what flows into each consumer of a wanted weight."""
+    """Walk the traced graph on each batch and show what flows into each consumer of a wanted weight.
+
+    Rows are dealt into batches of the traced shape; those left over are not seen. Raises UserMistake where no batch fits.
+    """
     by_node: dict[tuple[fx.Node, fx.Node], list[Consumer]] = defaultdict(list)
     for consumer in consumers(axes):
         if wanted is None or consumer.weight in wanted:
@@ -149,5 +208,38 @@ def see_inputs(
             see(consumer, value.movedim(consumer.place, -1).flatten(0, -2))
         return value
 
+    for flat in fitted(axes.trace, batches):
+        execute(axes.trace, tensors, flat, edit=look)
+
+
+def fitted(trace: Trace, batches: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Any, ...]]:
+    """Batches as flat inputs of the traced shapes, rows dealt anew where a batch has more or fewer."""
+    waiting: list[tuple[Any, ...]] = []
     for inputs in batches:
-        execute(axes.trace, tensors, axes.trace.flatten(inputs), edit=look)
+        flat = trace.flatten(inputs)
+        if _shapes(flat) == _shapes(trace.example):
+            yield flat
+        else:
+            _refuse_strangers(trace, flat)
+            waiting.append(flat)
+    if waiting:
+        joined = [torch.cat(column) for column in zip(*waiting, strict=True)]
+        dealt = [torch.split(column, len(like)) for column, like in zip(joined, trace.example, strict=True)]
+        yield from (batch for batch in zip(*dealt, strict=True) if _shapes(batch) == _shapes(trace.example))
+
+
+def _shapes(flat: Iterable[Any]) -> list[Any]:
+    return [tuple(value.shape) if isinstance(value, Tensor) else value for value in flat]
+
+
+def _refuse_strangers(trace: Trace, flat: tuple[Any, ...]) -> None:
+    """Raise UserMistake unless the inputs differ from the traced ones in their number of rows only."""
+    if len(flat) != len(trace.example) or any(
+        not isinstance(one, Tensor) or not isinstance(other, Tensor) or one.shape[1:] != other.shape[1:]
+        for one, other in zip(flat, trace.example, strict=False)
+    ):
+        raise UserMistake(
+            "calibration inputs do not look like the example inputs",
+            why=f"{_shapes(flat)}, where the model was traced on {_shapes(trace.example)}",
+            fix="leave example_inputs out: the first calibration batch is then the example",
+        )

@@ -1,0 +1,29 @@
+"""Wanda-sp: weights times the size of what they read, summed over what a unit is read by.
+
+The structured form of Wanda (arXiv 2306.11695) that FLAP (An et al., arXiv 2312.11983) compares with. At every consumer of a group,
+W (rows, width) reading inputs x_t (width)::
+
+    score(j) = mean_i |W_ij| · ‖X_j‖₂       ‖X_j‖₂ = √ mean_t x_tj²      score(unit) = Σ over the channels j of the unit
+
+Forward passes only. ``result = graphprune.compile(model, method="wanda_sp", calibration=c)``
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from graphprune import Calibration, Groups, Scores, gather_units
+from graphprune.capture import input_power, readers
+
+
+def wanda_sp(model: nn.Module, groups: Groups, calibration: Calibration) -> Scores:
+    """Score units by the mean |weight| that reads them times the root mean square of what is read: (units,), float64."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    power = input_power(model, groups, calibration.inputs)
+    found: dict[str, Tensor] = {}
+    for group in groups:
+        for reader in readers(groups)[group.name]:
+            columns = weights[reader.weight].detach().double().abs().movedim(reader.dim, 0).flatten(1).mean(1)
+            units = gather_units(columns * power[reader].square.sqrt(), reader.axis, group.factor)
+            found[group.name] = found.get(group.name, 0) + units
+    return Scores(found, "wanda_sp")
