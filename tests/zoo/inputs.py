@@ -51,4 +51,4 @@ def images(model: nn.Module, draw: torch.Generator) -> dict[str, Tensor]:
 def audio(model: nn.Module, takes: Any, draw: torch.Generator) -> dict[str, Any]:
     if "input_values" in takes:
         return {"input_values": torch.randn(BATCH, 400, generator=draw)}
-    return {"input_features": torch.randn(BATCH, 40, getattr(model.config, "num_mel_bins", 20), generator=draw)}
+    return {"input_features": torch.randn(BATCH, 40, getattr(model.config, "num_mel_bins", 24), generator=draw)}

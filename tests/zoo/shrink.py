@@ -52,7 +52,13 @@ ROWS: tuple[tuple[str, int], ...] = (
     (r"(.*_)?max_(.*_)?positions?(_embeddings)?|n_positions|n_ctx|max_seq_len|context_length", 64),
     (r"image_size", 32),
     (r"patch_size", 4),
-    (r"num_mel_bins", 20),
+    (r"num_mel_bins", 24),
+    (r"subsampling_conv_channels|conv_channels", 18),
+    (r"feature_projection_input_dim", 26),
+    (r"(.*_)?num_filters", 4),
+    (r"num_conv_pos_embeddings", 16),
+    (r"num_conv_pos_embedding_groups", 4),
+    (r"downsample_hidden_size", 22),
     (r"(.*_)?(codebook_size|num_codevectors_per_group)", 32),
     (r"(.*_)?(projection_dim|projection_size|proj_size|projector_.*_dim|output_dim)", 52),
 )
@@ -110,7 +116,8 @@ class Layers:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Layers:
-        count = next((values[name] for name in LAYER_COUNTS if isinstance(values.get(name), int)), 0)
+        named = len(values.get("layers_block_type") or ())  # some configs only name their layers
+        count = next((values[name] for name in LAYER_COUNTS if isinstance(values.get(name), int)), named)
         rows = [kinds for name, value in values.items() if (kinds := kinds_of_layers(name, value, count))]
         kept: list[int] = []
         seen: set[tuple[int, str]] = set()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from tests.zoo.special import Special, sized, some_tokens
+from tests.zoo.special import Special, sized, some_tokens, some_values
 
 # Fragments that several types share.
 GEMMA3N = {
@@ -166,4 +168,31 @@ MASKED: dict[str, Special] = {
     "xmod": sized(default_language="en_XX"),
 }
 
-SEQ2SEQ: dict[str, Special] = {}
+
+
+def masked(model: Any) -> dict[str, Any]:
+    """An explicit mask, where the model would otherwise look for padding in the tokens."""
+    return {"attention_mask": torch.ones(5, 13, dtype=torch.long)}
+
+
+def both_masked(model: Any) -> dict[str, Any]:
+    return masked(model) | {"decoder_attention_mask": torch.ones(5, 11, dtype=torch.long)}
+
+
+VOICE = {"num_filters": 4, "hidden_size": 12, "downsampling_ratios": [2, 2], "depths": [1, 2, 1]}
+SPEECHLM = {
+    "audio_config": {
+        "asr_config": {"subsampling_conv_channels": 8},
+        "diarization_config": {"audio_config": {"subsampling_conv_channels": 8}},
+    },
+}
+SEQ2SEQ: dict[str, Special] = {
+    "fsmt": Special(inputs=both_masked),
+    "led": sized(attention_window=4),
+    "longt5": Special({"local_radius": 4}, masked),
+    "nemo_speechlm": sized(**SPEECHLM),
+    "nllb-moe": sized(encoder_sparse_step=2, decoder_sparse_step=2),
+    "switch_transformers": Special({"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}, masked),
+    "vibevoice_asr": sized(acoustic_tokenizer_encoder_config=VOICE, semantic_tokenizer_encoder_config=VOICE),
+    "voxtral_realtime": Special(inputs=lambda model: {"input_features": some_values(5, 24, 104)}),
+}
