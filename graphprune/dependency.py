@@ -97,8 +97,8 @@ class _Flow:
         for operand in operands:
             if operand in self.weights:
                 self.order.setdefault(self.weights[operand], len(self.order))
-        if len(operands) == 1 and operands[0] in self.weights:
-            self.weights[node] = self.weights[operands[0]]
+        if node not in self.axes.activations and len(own := [self.weights[o] for o in operands if o in self.weights]) == 1:
+            self.weights[node] = own[0]
         produced = self._contract(node)
         outgoing = {factor for _, axis in self._dims(node) for factor in axis.factors & self.factors}
         self.last[node] = {f: produced.get(f) or self._flow(node, operands, f) for f in outgoing if self._arrives(operands, f)}

@@ -20,6 +20,10 @@ UNKNOWN = 10_007
 """Stands for a size that depends on data: prime, and larger than such sizes tend to be."""
 
 
+CHOOSING = ("index", "index_select", "gather")
+"""Operations whose result is a choice from their first operand."""
+
+
 @dataclass(frozen=True, slots=True)
 class ResolvedUse:
     """A ``Use`` with its axis solved: the role of some factors of one operand dimension in one contraction."""
@@ -51,6 +55,7 @@ class Axes:
     links: tuple[Link, ...]
     origins: Mapping[tuple[str, int], Variable]
     pinned: Mapping[int, tuple[Variable, Reason]]
+    activations: frozenset[fx.Node]
     least: Mapping[Factor, int]
 
     def factors(self) -> frozenset[Factor]:
@@ -84,7 +89,7 @@ class _Walk:
         self.limits: list[tuple[Expression, int, Reason]] = []
 
     def visit(self, node: fx.Node) -> None:
-        if any(operand in self.active for operand in node.all_input_nodes) or node.name in self.trace.inputs:
+        if self._depends_on_inputs(node):
             self.active.add(node)
         if node.op == "placeholder":
             self.values[node] = self._placeholder(node)
@@ -92,6 +97,12 @@ class _Walk:
             self._output(node)
         elif node.op == "call_function":
             self.values[node] = self._own(self._call(node), node)
+
+    def _depends_on_inputs(self, node: fx.Node) -> bool:
+        """Whether a value is an activation. Weights chosen by index (an expert's) are weights all the same."""
+        if _operation(node) in CHOOSING and node.args[0] not in self.active:
+            return False
+        return any(operand in self.active for operand in node.all_input_nodes) or node.name in self.trace.inputs
 
     def _placeholder(self, node: fx.Node) -> Any:
         tensor = self.trace.tensors.get(node.name)
@@ -141,7 +152,7 @@ class _Walk:
         return result
 
     def _part(self, node: fx.Node) -> Any:
-        whole, index = self.values.get(node.args[0]), node.args[1]  # type: ignore[arg-type]
+        whole, index = self.values.get(node.args[0]), int(node.args[1])  # type: ignore[arg-type]
         return whole[index] if isinstance(whole, tuple | list) else whole
 
     def _arguments(self, node: fx.Node) -> dict[str, Any]:
@@ -226,6 +237,7 @@ class _Walk:
             links=tuple(self.solver.links),
             origins=self.origins,
             pinned=self.solver.pinned,
+            activations=frozenset(self.active),
             least=least,
         )
 
@@ -239,6 +251,10 @@ class _Walk:
             elif count > 1:
                 self.solver.pin(axis, reason)
         return least
+
+
+def _operation(node: fx.Node) -> str:
+    return str(getattr(node.target, "_schema", None) and node.target._schema.name).rpartition("::")[2]  # type: ignore[union-attr]
 
 
 def source_line(node: fx.Node) -> str:
