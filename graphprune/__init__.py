@@ -15,6 +15,7 @@ from graphprune.score import Scores, combine, gather_units, score, to_units
 from graphprune.select import Budget, select
 from graphprune.source import open_source
 from graphprune.trace import Trace, trace
+from graphprune.training import Penalty, Successive, become, shrink
 from graphprune.verify import check_masked as verify
 
 __all__ = [
@@ -27,13 +28,16 @@ __all__ = [
     "Moments",
     "Norms",
     "Pattern",
+    "Penalty",
     "Plan",
     "Pruned",
     "Result",
     "Scores",
     "Sparse",
+    "Successive",
     "Trace",
     "__version__",
+    "become",
     "calibrate",
     "combine",
     "compile",
@@ -52,6 +56,7 @@ __all__ = [
     "see_gradients",
     "see_inputs",
     "select",
+    "shrink",
     "sparsify",
     "to_units",
     "trace",
