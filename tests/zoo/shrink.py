@@ -42,7 +42,10 @@ ROWS: tuple[tuple[str, int], ...] = (
     (r"(.*_)?shared_.*intermediate_size|shared_experts_intermediate_size", 56),
     (r"moe_intermediate_size|expert_ffn_hidden_size", 40),
     (r"decoder_(ffn_dim|intermediate_size)", 120),
-    (r"(.*_)?intermediate_size(_mlp)?|(.*_)?ffn_dim|d_ff|dff|d_inner|dim_ff|ffn_hidden_size|feed_forward_size|mlp_dim|hidden_dim", FFN),
+    (
+        r"(.*_)?intermediate_size(_mlp)?|(.*_)?ffn_dim|d_ff|dff|d_inner|dim_ff|ffn_hidden_size|feed_forward_size|mlp_dim|hidden_dim",
+        FFN,
+    ),
     (r"hidden_size_per_layer_input", 12),
     (r"(.*_)?hidden_size|(.*_)?d_model|n_embd|(.*_)?embed_dim|emb_dim|embedding_dim|dim|lru_width|word_embed_proj_dim", HIDDEN),
     (r"(.*_)?embedding_size", 44),
@@ -72,9 +75,7 @@ class Tokens(dict[str, int]):
 
     def __missing__(self, name: str) -> int:
         stem = re.sub(r"_(id|index)$", "", name)
-        self[name] = {"pad_token": 0, "bos_token": 1, "eos_token": 2, "decoder_start_token": 1}.get(
-            stem, VOCAB - 1 - len(self)
-        )
+        self[name] = {"pad_token": 0, "bos_token": 1, "eos_token": 2, "decoder_start_token": 1}.get(stem, VOCAB - 1 - len(self))
         return self[name]
 
 
@@ -168,6 +169,9 @@ def latent_heads(small: dict[str, Any], values: Mapping[str, Any], changes: Mapp
     if values.get("kv_lora_rank") and values.get("qk_rope_head_dim"):
         both = small["qk_rope_head_dim"] + small["qk_nope_head_dim"]
         same = values.get("head_dim") == values["qk_rope_head_dim"]
-        derived |= {"num_key_value_heads": small["num_attention_heads"], "qk_head_dim": both,
-                    "head_dim": small["qk_rope_head_dim"] if same else both}
+        derived |= {
+            "num_key_value_heads": small["num_attention_heads"],
+            "qk_head_dim": both,
+            "head_dim": small["qk_rope_head_dim"] if same else both,
+        }
     return small | {name: value for name, value in derived.items() if name in values and name not in changes}

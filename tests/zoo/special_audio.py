@@ -9,7 +9,8 @@ import torch
 from tests.zoo.special import Special, sized, some_tokens, some_values
 
 WAVE = {"conv_dim": [20, 24, 28], "conv_kernel": [10, 3, 2], "conv_stride": [5, 2, 2], "classifier_proj_size": 52}
-EQUAL_HEADS = {name: 6 for name in ("encoder_num_key_value_heads", "decoder_num_key_value_heads", "decoder_num_attention_heads")}
+EQUAL_HEADS = dict.fromkeys(("encoder_num_key_value_heads", "decoder_num_key_value_heads", "decoder_num_attention_heads"), 6)
+GRANITE = {"window_size": 15, "encoder_config": {"context_size": 8}, "projector_config": {"encoder_hidden_size": 136}}
 VOICE = {"num_filters": 4, "hidden_size": 12, "downsampling_ratios": [2, 2], "depths": [1, 2, 1]}
 
 
@@ -17,9 +18,19 @@ def spoken(*shape: int) -> Any:
     return lambda model: {"input_features": some_values(5, *shape)}
 
 
-def text_only(model: Any) -> dict[str, Any]:
-    """The language model of a composite, without sound."""
-    return {"input_ids": some_tokens(13), "input_features": None, "input_values": None}
+def heard(count: int, **sound: Any) -> Any:
+    """A text with `count` placeholders in the middle, and the sound that fills them."""
+
+    def inputs(model: Any) -> dict[str, Any]:
+        tokens = some_tokens(count + 6)
+        tokens[:, 3 : 3 + count] = model.config.audio_token_id
+        return {"input_ids": tokens, "input_features": None, "input_values": None} | sound
+
+    return inputs
+
+
+def all_of(length: int) -> torch.Tensor:
+    return torch.ones(5, length, dtype=torch.long)
 
 
 def codes(*shape: int) -> torch.Tensor:
@@ -36,10 +47,13 @@ AUDIO: dict[str, Special] = {
         {"decoder_config": {"num_channels": 4}, "delay_pattern": [0, 2, 3, 4]},
         lambda model: {"input_features": None, "input_ids": some_tokens(13), "decoder_input_ids": codes(11, 4)},
     ),
-    "granite_speech": Special(inputs=text_only),
-    "granite_speech_plus": Special(inputs=text_only),
+    "granite_speech": Special(GRANITE, heard(9, input_features=some_values(5, 40, 160))),
+    "granite_speech_plus": Special(GRANITE, heard(9, input_features=some_values(5, 40, 160))),
     "granite_speech5_ctc": Special({"encoder_config": {"context_size": 8, "num_key_value_heads": 6}}, spoken(40, 96)),
-    "fun_asr_nano": Special({"adaptor_config": {"intermediate_size": 24}}, text_only),
+    "fun_asr_nano": Special(
+        {"adaptor_config": {"intermediate_size": 24}},
+        heard(9, input_features=some_values(5, 9, 168), input_features_mask=all_of(9)),
+    ),
     "hubert": sized(**WAVE),
     "kyutai_speech_to_text": Special(
         {"num_codebooks": 4, "codec_config": {"upsample_groups": 96}},
@@ -48,7 +62,7 @@ AUDIO: dict[str, Special] = {
     "moonshine": Special(EQUAL_HEADS, lambda model: {"input_values": some_values(5, 4000)}),
     "moonshine_streaming": Special({"num_key_value_heads": 6}, lambda model: {"input_values": some_values(5, 4000)}),
     "pop2piano": Special(inputs=spoken(40, 96)),
-    "qwen3_asr": Special(inputs=text_only),
+    "qwen3_asr": Special(inputs=lambda model: {"input_ids": some_tokens(13), "input_features": None}),  # lengths by tolist
     "seamless_m4t": Special(inputs=spoken(40, 26)),
     "seamless_m4t_v2": Special(inputs=spoken(40, 26)),
     "sew": sized(**WAVE),
@@ -59,12 +73,17 @@ AUDIO: dict[str, Special] = {
     "unispeech": sized(**WAVE),
     "unispeech-sat": sized(**WAVE),
     "vibevoice": Special(
-        {"audio_config": VOICE, "semantic_model_config": VOICE, "diffusion_head_config": {"latent_size": 12}}, text_only
+        {"audio_config": VOICE, "semantic_model_config": VOICE, "diffusion_head_config": {"latent_size": 12}},
+        heard(7, input_values=some_values(5, 1, 28), padding_mask=all_of(28), sample=False),
     ),
     "vibevoice_asr": Special(
-        {"acoustic_tokenizer_encoder_config": VOICE, "semantic_tokenizer_encoder_config": VOICE}, text_only
+        {"acoustic_tokenizer_encoder_config": VOICE, "semantic_tokenizer_encoder_config": VOICE},
+        heard(7, input_values=some_values(5, 1, 28), sample=False),
     ),
-    "voxtral": Special(inputs=text_only),
+    "voxtral": Special(
+        {"audio_token_id": 190, "audio_config": {"intermediate_size": 384}},
+        heard(16, input_features=some_values(5, 24, 128)),
+    ),
     "voxtral_realtime": Special(inputs=lambda model: {"input_ids": some_tokens(13), "input_features": some_values(5, 24, 104)}),
     "wav2vec2": sized(**WAVE),
     "wav2vec2-bert": Special(inputs=spoken(40, 26)),

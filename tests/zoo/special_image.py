@@ -107,7 +107,12 @@ IMAGE: dict[str, Special] = {
     "hiera": sized(image_size=[64, 64], embed_dim=12, num_heads=[1, 2, 2, 4], depths=DEPTHS),
     "imagegpt": Special(inputs=lambda model: {"pixel_values": None, "input_ids": some_tokens(16)}),
     "levit": convolutions(
-        image_size=128, patch_size=16, hidden_sizes=[16, 24, 40], num_attention_heads=[2, 3, 4], key_dim=[8, 6, 10], depths=[1, 1, 1]
+        image_size=128,
+        patch_size=16,
+        hidden_sizes=[16, 24, 40],
+        num_attention_heads=[2, 3, 4],
+        key_dim=[8, 6, 10],
+        depths=[1, 1, 1],
     ),
     "llama4": sized(vision_config={"intermediate_size": 384, "projector_input_dim": 52}),
     "lw_detr_vit": sized(image_size=64, pretrain_image_size=64, window_block_indices=[0]),
@@ -126,7 +131,9 @@ IMAGE: dict[str, Special] = {
     ),
     "mobilenet_v1": convolutions(image_size=64, depth_multiplier=0.25),
     "mobilenet_v2": convolutions(image_size=64, depth_multiplier=0.25),
-    "mobilevit": convolutions(image_size=64, patch_size=2, hidden_sizes=[24, 36, 48], neck_hidden_sizes=[8, 12, 16, 20, 28, 32, 80]),
+    "mobilevit": convolutions(
+        image_size=64, patch_size=2, hidden_sizes=[24, 36, 48], neck_hidden_sizes=[8, 12, 16, 20, 28, 32, 80]
+    ),
     "mobilevitv2": convolutions(
         image_size=64, patch_size=2, width_multiplier=0.25, base_attn_unit_dims=[48, 64, 96], n_attn_blocks=[1, 2, 1]
     ),

@@ -157,7 +157,9 @@ CAUSAL: dict[str, Special] = {
     "zamba": sized(**ZAMBA),
     "zamba2": sized(**ZAMBA),
 }
+SPARSE = Special({"block_size": 2, "num_random_blocks": 1}, lambda model: {"input_ids": some_tokens(16)})  # over seven blocks
 MASKED: dict[str, Special] = {
+    "big_bird": SPARSE,
     "esm": sized(vocab_size=199, pad_token_id=0, mask_token_id=198),
     "esmc": sized(vocab_size=199, num_key_value_heads=6, head_dim=16),
     "funnel": sized(block_sizes=[2, 1], block_repeats=[1, 1], num_decoder_layers=1),
@@ -167,7 +169,6 @@ MASKED: dict[str, Special] = {
     "squeezebert": sized(hidden_size=96, embedding_size=96, num_attention_heads=6),
     "xmod": sized(default_language="en_XX"),
 }
-
 
 
 def masked(model: Any) -> dict[str, Any]:
@@ -187,6 +188,7 @@ SPEECHLM = {
     },
 }
 SEQ2SEQ: dict[str, Special] = {
+    "bigbird_pegasus": SPARSE,
     "fsmt": Special(inputs=both_masked),
     "led": sized(attention_window=4),
     "longt5": Special({"local_radius": 4}, masked),

@@ -18,7 +18,7 @@ import torch._dynamo  # here, so that it is imported once and not in each child
 import torch.export
 from torch.utils import _pytree as pytree
 
-from tests.zoo.configs import FAMILIES, Entry, build, model_types
+from tests.zoo.entries import FAMILIES, Entry, build, model_types
 
 SECONDS, BYTES = 60, 6 << 30
 FORK = multiprocessing.get_context("fork")
@@ -75,7 +75,7 @@ def report(pipe: Connection, model_type: str, family: str, export: bool) -> None
     try:
         for outcome in stages(model_type, family, export):
             pipe.send(outcome)
-    except BaseException as error:  # whatever a model throws is its outcome
+    except BaseException as error:  # noqa: BLE001  whatever a model throws is its outcome
         pipe.send({"error": f"{type(error).__name__}: {error}"[:2000], "trace": traceback.format_exc()[-4000:]})
     pipe.close()
 
@@ -90,12 +90,23 @@ def stages(model_type: str, family: str, export: bool) -> Any:
         raise ValueError(f"outputs of shapes {bad} are not finite")
     if bad := [list(x.shape) for x, y in zip(outputs, again, strict=True) if not torch.equal(x, y)]:
         raise ValueError(f"outputs of shapes {bad} differ from one call to the next")
-    yield {"stage": "export" if export else "done", "outputs": [list(x.shape) for x in outputs],
-           "std": [round(float(x.float().std()), 3) for x in outputs if x.numel() > 1]}
+    yield {
+        "stage": "export" if export else "done",
+        "outputs": [list(x.shape) for x in outputs],
+        "std": [round(float(x.float().std()), 3) for x in outputs if x.numel() > 1],
+    }
     if export:
         with torch.no_grad():
             program = torch.export.export(entry.model, (), entry.inputs, strict=False)
-        yield {"stage": "done", "nodes": len(program.graph.nodes)}
+        yield {"stage": "done", "nodes": len(program.graph.nodes), "unused": round(unused(program), 3)}
+
+
+def unused(program: torch.export.ExportedProgram) -> float:
+    """The share of the parameters that the outputs do not depend on, judged by the graph."""
+    idle = {node.name for node in program.graph.nodes if node.op == "placeholder" and not node.users}
+    names = program.graph_signature.inputs_to_parameters
+    sizes = {node: program.state_dict[name].numel() for node, name in names.items()}
+    return sum(size for node, size in sizes.items() if node in idle) / max(1, sum(sizes.values()))
 
 
 @torch.no_grad()
@@ -104,8 +115,10 @@ def outputs_of(entry: Entry) -> list[torch.Tensor]:
 
 
 def line(row: dict[str, Any]) -> str:
-    outcome = "ok" if row["stage"] == "done" else f"{row['stage']} FAILED: {row['error'].splitlines()[0][:300]}"
-    return f"{row['type']:30s} {row.get('parameters', 0):>9,d} {row['seconds']:6.1f} s  {outcome} {row.get('outputs', '')} {row.get('std', '')}"
+    head = f"{row['type']:30s} {row.get('parameters', 0):>9,d} {row['seconds']:6.1f} s  "
+    if row["stage"] != "done":
+        return f"{head}{row['stage']} FAILED: {row['error'].strip().splitlines()[0][:300]}"
+    return f"{head}ok {row['outputs']} {row['std']} unused {row.get('unused', '?')}"
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
@@ -113,7 +126,8 @@ def summary(rows: list[dict[str, Any]]) -> str:
     for family, group in groups(rows).items():
         runs = sum(row["stage"] in ("export", "done") for row in group)
         exports = sum(row["stage"] == "done" for row in group)
-        lines.append(f"{family}: {len(group)} types, {runs} run ({runs / len(group):.1%}), {exports} export ({exports / len(group):.1%})")
+        shares = f"{runs} run ({runs / len(group):.1%}), {exports} export ({exports / len(group):.1%})"
+        lines.append(f"{family}: {len(group)} types, {shares}")
     return "\n".join(lines)
 
 
