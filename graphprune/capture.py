@@ -106,6 +106,31 @@ def _only_gradients_of(model: nn.Module, names: Collection[str] | None) -> Itera
             module.training = mode
 
 
+def see_output_gradients(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    see: Callable[[str, Tensor], None],
+    *,
+    modules: Collection[str],
+    loss: Loss = language_loss,
+) -> None:
+    """Run forward and backward on each batch and show ∂loss/∂output of each named module that gives one tensor, in its shape."""
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            output.register_hook(lambda gradient: see(name, gradient))
+
+        return hook
+
+    first = next(iter(dict(model.named_parameters())))
+    hooks = [model.get_submodule(name).register_forward_hook(watch(name)) for name in modules]
+    try:
+        see_gradients(model, batches, lambda *_: None, names=[first], loss=loss)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 # ── activations ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

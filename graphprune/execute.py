@@ -45,9 +45,9 @@ def execute(
 
     ``dtype`` replaces every floating-point dtype on the way, literal ones included. Values are dropped after their last use.
     """
-    walk = _Walk(trace, tensors, dict(zip(trace.inputs, inputs, strict=True)), dtype, edit)
+    walk = Walk(trace, tensors, dict(zip(trace.inputs, inputs, strict=True)), dtype, edit)
     nodes = list((graph or trace.graph).nodes)
-    dying = _last_uses(nodes)
+    dying = last_uses(nodes)
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype or previous)
     try:
@@ -64,14 +64,16 @@ def execute(
     raise AssertionError("a graph without an output node")
 
 
-class _Walk:
+class Walk:
+    """One run of the graph: computes node after node on demand and holds ``values`` until somebody drops them."""
+
     def __init__(
         self,
         trace: Trace,
         tensors: Mapping[str, Tensor],
         inputs: Mapping[str, Any],
-        dtype: torch.dtype | None,
-        edit: Edit | None,
+        dtype: torch.dtype | None = None,
+        edit: Edit | None = None,
     ) -> None:
         self.trace, self.tensors, self.inputs, self.dtype, self.edit = trace, tensors, inputs, dtype, edit
         self.values: dict[fx.Node, Any] = {}
@@ -119,7 +121,7 @@ def _retyped(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def _last_uses(nodes: Sequence[fx.Node]) -> Mapping[fx.Node, list[fx.Node]]:
+def last_uses(nodes: Sequence[fx.Node]) -> Mapping[fx.Node, list[fx.Node]]:
     """For each node, the values nobody asks for after it."""
     seen: set[fx.Node] = set()
     dying: dict[fx.Node, list[fx.Node]] = defaultdict(list)

@@ -25,8 +25,9 @@ from graphprune.capture import one_by_one, readers
 def fisher(model: nn.Module, groups: Groups, calibration: Calibration) -> Scores:
     """Score units by the diagonal Fisher information of their masks: (units,) each, float64."""
     axes, spots = groups.axes.tensors, defaultdict(list)
+    reading = readers(groups)
     for group in groups:
-        for name, dim in {(reader.weight, reader.dim) for reader in readers(groups)[group.name]}:
+        for name, dim in {(reader.weight, reader.dim) for reader in reading[group.name]}:
             spots[name].append((group, dim))
     totals = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
     masks: dict[str, Tensor] = {}

@@ -34,8 +34,9 @@ def flap(model: nn.Module, groups: Groups, calibration: Calibration, *, metric: 
     weights = dict(model.named_parameters(remove_duplicate=False))
     power = input_power(model, groups, calibration.inputs)
     found: dict[str, Tensor] = {}
+    reading = readers(groups)
     for group in groups:
-        for reader in readers(groups)[group.name]:
+        for reader in reading[group.name]:
             columns = weights[reader.weight].detach().double().movedim(reader.dim, 0).flatten(1)
             channels = _metric(metric, columns, power[reader].variance, power[reader].square)
             if standardise:

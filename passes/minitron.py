@@ -27,8 +27,9 @@ from graphprune.execute import tensors_of
 def minitron(model: nn.Module, groups: Groups, calibration: Calibration) -> Scores:
     """Score units by the magnitude of their activations: (units,) each, float64. Forward passes only."""
     places: dict[fx.Node, list[tuple[str, Consumer, Factor]]] = defaultdict(list)
+    reading = readers(groups)
     for group in groups:
-        distinct = {reader.operand: reader for reader in readers(groups)[group.name]}
+        distinct = {reader.operand: reader for reader in reading[group.name]}
         for operand, reader in distinct.items():
             places[operand].append((group.name, reader, group.factor))
     totals: dict[tuple[str, fx.Node], Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))

@@ -21,8 +21,9 @@ def wanda_sp(model: nn.Module, groups: Groups, calibration: Calibration) -> Scor
     weights = dict(model.named_parameters(remove_duplicate=False))
     power = input_power(model, groups, calibration.inputs)
     found: dict[str, Tensor] = {}
+    reading = readers(groups)
     for group in groups:
-        for reader in readers(groups)[group.name]:
+        for reader in reading[group.name]:
             columns = weights[reader.weight].detach().double().abs().movedim(reader.dim, 0).flatten(1).mean(1)
             units = gather_units(columns * power[reader].square.sqrt(), reader.axis, group.factor)
             found[group.name] = found.get(group.name, 0) + units

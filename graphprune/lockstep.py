@@ -1,0 +1,241 @@
+"""A traced model and its smaller self in, walked side by side over all batches: what a repair of the smaller one's weights sees.
+
+Both graphs have the same nodes in the same order, so each product of the smaller model meets its own original: what it reads, what
+the original read, and how far the sum that its output is added to has already drifted. The walk pauses there; a weight that is
+replaced before it goes on is the one it goes on with. Values of all batches are alive at once, those of a few layers at a time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphprune.axes import Axis, Keep
+from graphprune.execute import Walk, last_uses
+from graphprune.matrices import Contracted, Product, products
+from graphprune.propagate import Axes
+from graphprune.rewrite.graph import cut, resized_graph
+
+PASSING = ("dropout", "alias", "clone", "contiguous", "detach", "to", "_to_copy", "identity")
+"""What may stand between a product and the sum its output goes into."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One batch at one product.
+
+    Its inputs ``now`` and, in the original, ``then`` (positions, inputs); the original's outputs ``wanted`` without bias; where
+    the output is added to a ``stream`` of the original, that stream and how far the smaller model's lags behind it: its
+    ``drift`` (positions, rows each).
+    """
+
+    now: Tensor
+    then: Tensor
+    wanted: Tensor
+    stream: Tensor | None
+    drift: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A product whose weight may be replaced.
+
+    ``whole`` is the original's matrix with its surviving rows and all its inputs, of which ``kept`` survive; ``differs`` says
+    whether what it reads is no longer what the original read; ``bias`` names what its own operation adds.
+    """
+
+    product: Product
+    whole: Tensor
+    kept: Tensor
+    bias: str | None
+    differs: bool
+    drifts: bool
+
+    @property
+    def weight(self) -> str:
+        """The name of the weight."""
+        return self.product.weight
+
+    @property
+    def shrunk(self) -> bool:
+        """Whether it lost inputs."""
+        return len(self.kept) < self.whole.shape[1]
+
+
+Visit = tuple[Site, Iterable[Reading]]
+
+
+def side_by_side(
+    axes: Axes,
+    keep: Keep,
+    original: Mapping[str, Tensor],
+    smaller: MutableMapping[str, Tensor],
+    batches: Sequence[Sequence[Any]],
+    wanted: Collection[str] | None = None,
+) -> Iterator[Visit]:
+    """Yield every product of a (wanted) weight with its readings, then go on with whatever ``smaller`` holds for it by then.
+
+    ``batches`` are flat inputs of the traced shapes. Weights used more than once, and products in groups, pass by unvisited.
+    """
+    found = {product.node: product for product in _visited(axes, wanted)}
+    if not found:
+        return
+    pair = _Pair(axes, keep, original, smaller, batches)
+    ending = max(found, key=lambda node: pair.place[node])
+    for node in axes.trace.graph.nodes:
+        if node in found:
+            site = pair.site(found[node])
+            before = smaller[site.weight]
+            yield site, pair.readings(site)
+            pair.differs |= {node} if smaller[site.weight] is not before else set()
+        if node is ending:
+            return
+        pair.step(node)
+
+
+def tensors_after(model: nn.Module, axes: Axes, keep: Keep) -> dict[str, Tensor]:
+    """The tensors of an emitted model, module or graph, under the names the trace gives them. Nothing is copied."""
+    owned = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    owned |= {name.removeprefix("body."): tensor for name, tensor in owned.items()}
+    found = {}
+    for traced in axes.trace.tensors.values():
+        constant = axes.trace.constants.get(traced.name)
+        found[traced.name] = owned[traced.name] if constant is None else cut(constant, axes.tensors[traced.name], keep)
+    return found
+
+
+def put_back(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give the parameters of an emitted model these values; the storage of the original model is never written to."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        value = tensors.get(name.removeprefix("body."))
+        if value is not None and value is not parameter:
+            parameter.data = value.detach().to(parameter.dtype).contiguous()
+
+
+def _visited(axes: Axes, wanted: Collection[str] | None) -> Iterator[Product]:
+    every = products(axes)
+    uses = Counter(product.weight for product in every)
+    placed = Counter(t.name for node in axes.trace.graph.nodes if (t := axes.trace.tensors.get(node.name)) for _ in node.users)
+    for product in every:
+        single = not product.layout.batch if isinstance(product.layout, Contracted) else product.layout.groups == 1
+        if single and uses[product.weight] == placed[product.weight] == 1 and (wanted is None or product.weight in wanted):
+            yield product
+
+
+class _Pair:
+    """The two walks, every batch abreast."""
+
+    def __init__(
+        self,
+        axes: Axes,
+        keep: Keep,
+        original: Mapping[str, Tensor],
+        smaller: Mapping[str, Tensor],
+        batches: Sequence[Sequence[Any]],
+    ) -> None:
+        self.axes, self.keep, self.original, self.smaller = axes, keep, original, smaller
+        mine, theirs = list(axes.trace.graph.nodes), list(resized_graph(axes, keep).nodes)
+        self.twin = dict(zip(mine, theirs, strict=True))
+        self.place = {node: i for i, node in enumerate(mine)}
+        self.dying = last_uses(mine)
+        self.then = [Walk(axes.trace, original, dict(zip(axes.trace.inputs, flat, strict=True))) for flat in batches]
+        self.now = [Walk(axes.trace, smaller, dict(zip(axes.trace.inputs, flat, strict=True))) for flat in batches]
+        self.differs: set[fx.Node] = set()
+
+    @torch.no_grad()
+    def step(self, node: fx.Node) -> None:
+        """Compute a node in both graphs, then drop what nobody asks for any more."""
+        for walks, here in ((self.then, node), (self.now, self.twin[node])):
+            for walk in walks:
+                walk.step(here)
+        if node.op == "placeholder" and node.name in self.axes.trace.tensors:
+            name = self.axes.trace.tensors[node.name].name
+            changed = not torch.equal(self.smaller[name], self.original[name])
+        else:
+            changed = any(operand in self.differs for operand in node.all_input_nodes)
+        if changed:
+            self.differs.add(node)
+        for dead in self.dying[node]:
+            for then, now in zip(self.then, self.now, strict=True):
+                then.values.pop(dead, None)
+                now.values.pop(self.twin[dead], None)
+
+    def site(self, product: Product) -> Site:
+        """What the smaller model keeps of a product's inputs."""
+        weight = self.original[product.weight]
+        dim = product.layout.inputs if isinstance(product.layout, Contracted) else 1
+        axis = self.axes.tensors[product.weight][dim]
+        span = 1 if isinstance(product.layout, Contracted) else weight[0, 0].numel()
+        kept = torch.tensor(axis.kept(self.keep), device=weight.device)
+        kept = (kept[:, None] * span + torch.arange(span, device=weight.device)).flatten()
+        drifts = self._partner(product.node) in self.differs
+        return Site(product, self._rows(product), kept, self._bias(product), product.operand in self.differs, drifts)
+
+    @torch.no_grad()
+    def readings(self, site: Site) -> Iterator[Reading]:
+        """Every batch at a product, computed as it is asked for."""
+        product, partner = site.product, self._partner(site.product.node)
+        layout = product.layout
+        for then, now in zip(self.then, self.now, strict=True):
+            before = layout.vectors(then.fetch(product.operand))[0]
+            after = layout.vectors(now.fetch(self.twin[product.operand]))[0]
+            drift = stream = None
+            if partner is not None:
+                stream = _outputs(then.fetch(partner), product)
+                drift = stream - _outputs(now.fetch(self.twin[partner]), product) if partner in self.differs else None
+            yield Reading(after, before, before @ site.whole.T, stream, drift)
+
+    def _rows(self, product: Product) -> Tensor:
+        """The original's matrix with all its inputs and only the rows that survive."""
+        layout, weight = product.layout, self.original[product.weight]
+        inputs = layout.inputs if isinstance(layout, Contracted) else 1
+        whole = Axis(())
+        axes = tuple(whole if dim == inputs else axis for dim, axis in enumerate(self.axes.tensors[product.weight]))
+        return layout.matrix(cut(weight, axes, self.keep))[0]
+
+    def _bias(self, product: Product) -> str | None:
+        """The name of the bias that is added inside the product's own operation."""
+        schema = [argument.name for argument in product.node.target._schema.arguments]  # type: ignore[union-attr]
+        given = dict(zip(schema, product.node.args, strict=False)) | dict(product.node.kwargs)
+        found = given.get("bias", given.get("self") if "mat1" in schema else None)
+        traced = self.axes.trace.tensors.get(found.name) if isinstance(found, fx.Node) else None
+        return traced.name if traced is not None and isinstance(found, fx.Node) and len(found.users) == 1 else None
+
+    def _partner(self, node: fx.Node) -> fx.Node | None:
+        """The other, earlier and whole summand of the sum that the output of ``node`` goes into next."""
+        here = node
+        while len(here.users) == 1:
+            user = next(iter(here.users))
+            others = [operand for operand in user.all_input_nodes if operand is not here]
+            if _operation(user) == "add" and others and all(self._is_weight(operand) for operand in others):
+                here = user
+                continue
+            if _operation(user) == "add" and len(others) == 1 and others[0] in self.then[0].values:
+                return others[0] if self._comparable(others[0], node) else None
+            if _operation(user) not in PASSING:
+                return None
+            here = user
+        return None
+
+    def _is_weight(self, node: fx.Node) -> bool:
+        return node.op == "placeholder" and node.name in self.axes.trace.tensors
+
+    def _comparable(self, other: fx.Node, node: fx.Node) -> bool:
+        values = self.axes.nodes[other], self.axes.nodes[node]
+        factors = {factor for axis in values[0] if isinstance(axis, Axis) for factor in axis.factors}
+        return factors.isdisjoint(self.keep) and len(values[0]) == len(values[1])
+
+
+def _outputs(value: Tensor, product: Product) -> Tensor:
+    """An output-shaped value as (positions, rows)."""
+    dim = -1 if isinstance(product.layout, Contracted) else 1
+    return value.movedim(dim, -1).flatten(0, -2)
+
+
+def _operation(node: fx.Node) -> str:
+    return str(node.target).removeprefix("aten.").split(".")[0].rstrip("_")

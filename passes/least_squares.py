@@ -1,0 +1,106 @@
+"""Least squares: let the inputs that stay speak for those that went.
+
+For every weight W (rows, inputs) that reads a pruned group, keeping inputs S, the closed form of the layer-wise objective
+min ‖Y − W′X_S‖² is ``W′ = Y·X_Sᵀ·(X_S·X_Sᵀ)⁻¹``, which for Y = WX is ``W·C[:,S]·C[S,S]⁻¹`` with C = X·Xᵀ. Here it is solved as a
+correction of the sliced weight, so that damping pulls towards what is known to work rather than towards zero::
+
+    E = Y − W_S·X_S        W′ = W_S + E·X_Sᵀ · (X_S·X_Sᵀ + λ·diag(X_S·X_Sᵀ))⁻¹
+
+in float64, λ raised tenfold while a factorisation fails. A bias that the product has is fitted along. Three choices:
+
+``given``  inputs ``now``, as the layers already pruned and repaired send them (sequential), or ``then``, the original's
+``aim``    ``outputs``: the original's outputs; ``sums``: the original's stream after it, so that a weight also makes up for
+           what the stream it adds to has lost before
+``where``  ``readers`` of pruned groups; also ``writers``, whatever adds to a stream that drifted; or ``all`` that read
+           something changed
+
+With ``aim="outputs", given="now"`` this is the asymmetric calibration of GPTAQ (arXiv 2504.02692) without quantisation; with
+``given="then"`` the reconstruction of Kwon et al. (arXiv 2204.09656). ``even`` weighs each position by 1 / the size of its stream,
+as the norm that reads the stream does; else a few huge positions are all that counts. Cost: one forward of both models.
+``graphprune.compile(model, method="obs", calibration=c, passes=["least_squares"])``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from graphprune import Calibration, Groups, Plan, Pruned
+from graphprune.capture import fitted
+from graphprune.errors import UserMistake, nearest
+from graphprune.execute import tensors_of
+from graphprune.lockstep import Reading, Site, put_back, side_by_side, tensors_after
+
+CHOICES = {"given": ("now", "then"), "aim": ("sums", "outputs"), "where": ("readers", "writers", "all")}
+
+
+def least_squares(
+    model: nn.Module,
+    groups: Groups,
+    calibration: Calibration,
+    plan: Plan,
+    pruned: Pruned,
+    *,
+    given: str = "now",
+    aim: str = "sums",
+    where: str = "writers",
+    even: bool = True,
+    damping: float = 0.01,
+) -> Pruned:
+    """The pruned model with repaired weights; shapes, config and the original stay as they are."""
+    for option, value in (("given", given), ("aim", aim), ("where", where)):
+        if value not in CHOICES[option]:
+            raise UserMistake(f"{option} cannot be {value!r}", fix=nearest(value, CHOICES[option]))
+    axes, keep = groups.axes, plan.keep(groups)
+    smaller = tensors_after(pruned.model, axes, keep)
+    batches = list(fitted(axes.trace, calibration.inputs))
+    for site, readings in side_by_side(axes, keep, tensors_of(model, axes.trace), smaller, batches):
+        if _is_due(site, where, aim, given):
+            _repair(site, readings, smaller, given=given, aim=aim, even=even, damping=damping)
+    put_back(pruned.model, smaller)
+    return pruned
+
+
+def _is_due(site: Site, where: str, aim: str, given: str) -> bool:
+    """Whether a product is to be fitted: it lost inputs, or reads or adds to something that changed."""
+    if site.shrunk or given == "then":
+        return site.shrunk
+    return (where == "all" and site.differs) or (where != "readers" and aim == "sums" and site.drifts)
+
+
+def _repair(
+    site: Site, readings: Iterable[Reading], smaller: dict[str, Tensor], *, given: str, aim: str, even: bool, damping: float
+) -> None:
+    """Replace the site's weight, and its bias, by the fitted one."""
+    weight, layout = smaller[site.weight], site.product.layout
+    matrix = layout.matrix(weight)[0].detach()
+    gram = cross = torch.zeros((), dtype=torch.float64, device=weight.device)
+    for reading in readings:
+        x = reading.now if given == "now" else reading.then[:, site.kept]
+        missing = reading.wanted - x @ matrix.T
+        if aim == "sums" and reading.drift is not None:
+            missing = missing + reading.drift
+        if site.bias is not None:
+            x = torch.cat([x, x.new_ones(len(x), 1)], 1)
+        if even and reading.stream is not None:
+            size = reading.stream.square().mean(1, keepdim=True).sqrt().clamp_min(torch.finfo(x.dtype).tiny)
+            x, missing = x / size, missing / size
+        gram, cross = gram + (x.T @ x).double(), cross + (missing.T @ x).double()
+    change = solve(gram, cross, damping)
+    width = len(site.kept)
+    repaired = matrix.double() + change[:, :width]
+    smaller[site.weight] = layout.restored(repaired[None].to(weight.dtype), weight)
+    if site.bias is not None:
+        smaller[site.bias] = (smaller[site.bias].double() + change[:, width]).to(weight.dtype)
+
+
+def solve(gram: Tensor, cross: Tensor, damping: float) -> Tensor:
+    """``cross · (gram + λ·diag(gram))⁻¹`` (rows, inputs), float64; λ grows until there is an inverse, dead inputs get zero."""
+    scale = gram.diagonal().where(gram.diagonal() > 0, 1)
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(gram + torch.diag(damping * scale))
+        if not failed and factor.isfinite().all():
+            return torch.cholesky_solve(cross.T, factor).T
+        damping = max(10 * damping, 1e-8)

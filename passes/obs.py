@@ -1,0 +1,193 @@
+"""Greedy optimal brain surgeon: remove what the rest can best make up for, update, look again.
+
+LeCun et al., "Optimal Brain Damage"; Hassibi and Stork, "Optimal Brain Surgeon" (1992); structured and greedy as in ZipLM (Kurtic
+et al., arXiv 2302.04089). For a weight W (rows, inputs) that reads the group, with C = mean x·xᵀ over positions, C⁻¹ damped, and B
+the inputs that belong to one unit, removing B and refitting the others costs, and leaves::
+
+    cost(B) = tr( W_:B · ([C⁻¹]_BB)⁻¹ · W_:Bᵀ )
+    W ← W − W_:B ([C⁻¹]_BB)⁻¹ [C⁻¹]_B:          C⁻¹ ← C⁻¹ − [C⁻¹]_:B ([C⁻¹]_BB)⁻¹ [C⁻¹]_B:
+
+The cheapest ``block`` (a share of the units that are left) goes, and the others are ranked anew. With ``gradients`` rows are first
+multiplied by a root of G = mean g·gᵀ, g = ∂L/∂(Wx) (the Kronecker-factored Fisher, as in LLM Surgeon, arXiv 2312.17244): an error
+then counts for what it does to the loss, and layers and kinds can be compared: ``scope="global"``.
+
+A unit's score is the cost at the time it went, never less than that of an earlier one. Several readers add up. The updates are not
+kept: ``least_squares`` refits once the plan is known, to the same weights.
+``graphprune.compile(model, method="obs", scope="global", alike=False, calibration=c, passes=["least_squares"])``
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphprune import Axes, Calibration, Group, Groups, Scores
+from graphprune.capture import fitted, readers, see_output_gradients
+from graphprune.errors import ModelLimit
+from graphprune.execute import execute, tensors_of
+from graphprune.matrices import Contracted, Product, products
+
+
+@dataclass
+class Surgeon:
+    """One reader of one group: ``weight`` (rows, inputs), ``inverse`` (inputs, inputs), the unit each input belongs to."""
+
+    weight: Tensor
+    inverse: Tensor
+    unit: Tensor
+    wide: bool
+
+    def costs(self, count: int) -> Tensor:
+        """What the removal of each of ``count`` units would cost; infinite for those that are gone. ``wide`` units have
+        several inputs."""
+        if not self.wide:
+            single = self.weight.square().sum(0) / self.inverse.diagonal()
+            return torch.full((count,), torch.inf, dtype=single.dtype, device=single.device).index_copy(0, self.unit, single)
+        costs = torch.full((count,), torch.inf, dtype=self.weight.dtype, device=self.weight.device)
+        for unit in sorted(set(self.unit.tolist())):
+            costs[unit] = self._cost((self.unit == unit).nonzero().flatten())
+        return costs
+
+    def _cost(self, inputs: Tensor) -> Tensor:
+        part = self.weight[:, inputs]
+        refitted: Tensor = torch.linalg.solve(self.inverse[inputs][:, inputs], part.T).T
+        return (part * refitted).sum()
+
+    def remove(self, units: Tensor) -> None:
+        """Let the other inputs make up for those of the given units."""
+        gone = torch.isin(self.unit, units)
+        rows = self.inverse[gone]
+        share = torch.linalg.solve(rows[:, gone], rows)
+        self.weight = (self.weight - self.weight[:, gone] @ share)[:, ~gone]
+        self.inverse = (self.inverse - rows.T @ share)[~gone][:, ~gone]
+        self.unit = self.unit[~gone]
+
+
+def obs(
+    model: nn.Module,
+    groups: Groups,
+    calibration: Calibration,
+    *,
+    gradients: bool = True,
+    damping: float = 0.01,
+    block: float = 0.02,
+    gradient_samples: int = 32,
+) -> Scores:
+    """Score units by what their removal costs after the others made up for it: (units,) each, float64.
+
+    One forward over all of the calibration, one backward over its first ``gradient_samples`` rows.
+    """
+    reading = _reading(groups)
+    grams = _grams(model, groups, calibration, {product for found in reading.values() for product, _ in found})
+    roots = _roots(model, calibration, reading, gradient_samples) if gradients else {}
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    found = {}
+    for group in groups:
+        surgeons = [_surgeon(p, unit, weights[p.weight], grams[p], roots.get(p.weight), damping) for p, unit in reading[group.name]]
+        found[group.name] = _greedy(surgeons, group, block)
+    return Scores(found, f"obs{' with gradients' if gradients else ''}")
+
+
+def _greedy(surgeons: list[Surgeon], group: Group, block: float) -> Tensor:
+    """The cost at which each unit goes."""
+    scores = torch.zeros(group.size, dtype=torch.float64)
+    worst, left = 0.0, group.size
+    while left:
+        costs = torch.stack([surgeon.costs(group.size) for surgeon in surgeons]).sum(0)
+        going = costs.argsort()[: max(1, int(block * left))]
+        for unit, cost in zip(going.tolist(), costs[going].tolist(), strict=True):
+            worst = max(worst, cost)
+            scores[unit] = worst
+        for surgeon in surgeons:
+            surgeon.remove(going)
+        left -= len(going)
+    return scores
+
+
+# ── statistics ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _reading(groups: Groups) -> dict[str, list[tuple[Product, Tensor]]]:
+    """For each group, the products that read it, and the unit that each of their inputs belongs to (-1 for none)."""
+    consuming = {name: {(c.weight, c.dim) for c in found} for name, found in readers(groups).items()}
+    every = [(product, *_input_axis(product)) for product in products(groups.axes)]
+    found: dict[str, list[tuple[Product, Tensor]]] = {}
+    for group in groups:
+        mine = [(p, span) for p, dim, span in every if (p.weight, dim) in consuming[group.name]]
+        found[group.name] = [(p, _units(p, group, groups.axes, span)) for p, span in mine]
+        if not mine or any((unit < 0).any() for _, unit in found[group.name]):
+            raise ModelLimit(f"{group.name} is not all that its reader reads", fix="score it by another method")
+    return found
+
+
+def _input_axis(product: Product) -> tuple[int, bool]:
+    """The weight's input dimension, and whether each of its indices stands for a whole kernel."""
+    return (product.layout.inputs, False) if isinstance(product.layout, Contracted) else (1, True)
+
+
+def _units(product: Product, group: Group, axes: Axes, kernel: bool) -> Tensor:
+    dim, _ = _input_axis(product)
+    columns = torch.tensor(axes.tensors[product.weight][dim].units(group.factor)).amax(0)
+    traced = axes.trace.parameters[product.weight]
+    return columns.repeat_interleave(torch.Size(traced.shape[2:]).numel()) if kernel else columns
+
+
+def _grams(model: nn.Module, groups: Groups, calibration: Calibration, wanted: set[Product]) -> dict[Product, Tensor]:
+    """Mean x·xᵀ of what each product reads, float64."""
+    spots: Mapping[tuple[fx.Node, fx.Node], Product] = {(p.node, p.operand): p for p in wanted}
+    grams: dict[Product, Tensor] = {}
+    count: dict[Product, int] = defaultdict(int)
+
+    def look(node: fx.Node, operand: fx.Node, value: Tensor) -> Tensor:
+        product = spots.get((node, operand))
+        if product is not None:
+            x = product.layout.vectors(value)[0]
+            gram = (x.T @ x).double()
+            grams[product] = grams[product] + gram if product in grams else gram
+            count[product] += len(x)
+        return value
+
+    axes = groups.axes
+    for flat in fitted(axes.trace, calibration.inputs):
+        execute(axes.trace, tensors_of(model, axes.trace), flat, edit=look)
+    return {product: gram / count[product] for product, gram in grams.items()}
+
+
+def _roots(
+    model: nn.Module, calibration: Calibration, reading: Mapping[str, list[tuple[Product, Tensor]]], samples: int
+) -> dict[str, Tensor]:
+    """For each weight a root R of mean g·gᵀ over positions, Rᵀ·R = G (rows, rows), float64; g = ∂(summed loss)/∂output."""
+    found = {product.weight: product for products_ in reading.values() for product, _ in products_}
+    owner = {name.rpartition(".")[0]: name for name in found}
+    sums: dict[str, Tensor] = {}
+    count: dict[str, int] = defaultdict(int)
+
+    def see(module: str, gradient: Tensor) -> None:
+        dim = -1 if isinstance(found[owner[module]].layout, Contracted) else 1
+        g = gradient.movedim(dim, -1).flatten(0, -2)
+        g = g.double() * len(g)
+        sums[module] = sums[module] + g.T @ g if module in sums else g.T @ g
+        count[module] += len(g)
+
+    rows, batches = 0, []
+    for inputs in calibration.inputs:
+        if rows < samples:
+            batches.append(inputs)
+            rows += len(next(iter(inputs.values())))
+    see_output_gradients(model, batches, see, modules=list(owner))
+    roots = {}
+    for module, total in sums.items():
+        values, vectors = torch.linalg.eigh(total / count[module])
+        roots[owner[module]] = (vectors * values.clamp_min(0).sqrt()).T
+    return roots
+
+
+def _surgeon(product: Product, unit: Tensor, weight: Tensor, gram: Tensor, root: Tensor | None, damping: float) -> Surgeon:
+    matrix = product.layout.matrix(weight.detach())[0].double()
+    scale = gram.diagonal().where(gram.diagonal() > 0, 1)
+    inverse = torch.linalg.inv(gram + torch.diag(damping * scale))
+    return Surgeon(matrix if root is None else root @ matrix, inverse, unit.to(weight.device), len(set(unit.tolist())) < len(unit))
