@@ -16,6 +16,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import ModelLimit, first_line
+from graphprune.repeat import Repeats, write_out
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "tag_activation_checkpoint", "wrap")
@@ -70,18 +71,61 @@ def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(inputs), {}
 
 
-def trace(model: nn.Module, example_inputs: Inputs, *, dynamic: bool = False) -> Trace:
+def trace(model: nn.Module, example_inputs: Inputs, *, dynamic: bool = False, repeat: bool = True) -> Trace:
     """Trace ``model`` with torch.export on real, fake or meta tensors.
 
-    ``dynamic`` leaves batch and sequence sizes open where the model allows it. Raises ModelLimit, naming the model's own
-    source line, when the model cannot be exported.
+    ``dynamic`` leaves batch and sequence sizes open where the model allows it. ``repeat`` traces a block that has twins once
+    and writes it out again for each twin: the same trace for less. Raises ModelLimit, naming the model's own source line, when
+    the model cannot be exported.
     """
     args, kwargs = as_call(example_inputs)
-    with exportable(model):
-        program = _export(model, args, kwargs, dynamic)
-    flat = inline(program.graph_module)
+    with exportable(model), _without_gradients(model):
+        found = _repeated(model, args, kwargs) if repeat and not dynamic else None
+        return found or _plain(model, args, kwargs, dynamic)
+
+
+def _plain(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool) -> Trace:
+    """Every block traced."""
+    program = _export(model, args, kwargs, dynamic)
+    return _as_trace(model, program, inline(program.graph_module), args, kwargs)
+
+
+def _repeated(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace | None:
+    """Twins traced once; None when there are none, or when anything stands against it."""
+    repeats = Repeats(model, marked=True)
+    if not repeats.families:
+        return None
+    try:
+        with repeats.watching():
+            program = _export(model, args, kwargs, dynamic=False)
+    except ModelLimit:
+        return None
+    tensors = _tensors(program, model)[0]
+    names = {holder: tensor.name for holder, tensor in tensors.items() if tensor.kind != "constant"}
+    flat = write_out(inline(program.graph_module), names, repeats)
+    return flat and _as_trace(model, program, flat, args, kwargs)
+
+
+@contextmanager
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient, so that a stand-in for a block's output cannot be told from the output."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in asking:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
+def _as_trace(
+    model: nn.Module, program: ExportedProgram, flat: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Trace:
     tensors, constants = _tensors(program, model)
-    users = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    called = {node.meta["called"]: node.name for node in flat.graph.nodes if node.op == "placeholder"}
+    tensors = {called[holder]: tensor for holder, tensor in tensors.items()}
+    users = [called[spec.arg.name] for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     if in_spec is None or out_spec is None:
         raise ModelLimit("torch.export returned a program without call specification")
@@ -143,7 +187,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
 
 def _open_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     def open_dims(value: Any) -> Any:
-        return {dim: Dim.AUTO for dim in range(min(2, value.ndim))} if isinstance(value, Tensor) else None
+        return dict.fromkeys(range(min(2, value.ndim)), Dim.AUTO) if isinstance(value, Tensor) else None
 
     names = {name: pytree.tree_map(open_dims, value) for name, value in kwargs.items()}
     return (pytree.tree_map(open_dims, args), names) if args and names else names or pytree.tree_map(open_dims, args)
@@ -195,10 +239,17 @@ def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
 def inline(module: fx.GraphModule) -> fx.GraphModule:
     """The same computation with every run-once region spliced into one flat graph."""
     flat = fx.Graph()
-    places = {node: flat.node_copy(node) for node in module.graph.nodes if node.op == "placeholder"}
+    places = {node: _placed(flat, node) for node in module.graph.nodes if node.op == "placeholder"}
     flat.output(_splice(module, flat, places))
     flat.eliminate_dead_code(is_impure_node=lambda node: node.op != "get_attr")
     return fx.GraphModule(module, flat)
+
+
+def _placed(flat: fx.Graph, node: fx.Node) -> fx.Node:
+    """A placeholder's copy; its name may differ (``input`` is taken), what the program called it stays known."""
+    copy = flat.node_copy(node)
+    copy.meta = {**node.meta, "called": node.name}
+    return copy
 
 
 def _splice(module: fx.GraphModule, flat: fx.Graph, values: dict[fx.Node, Any]) -> Any:

@@ -1,0 +1,138 @@
+"""What is written: complete or nothing, stock where it can be, loadable by a stranger, the same bytes from the same plan."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import graphprune
+from graphprune.errors import ModelLimit, UserMistake
+from graphprune.rewrite import checkpoint
+from tests.models import Residual, bert, gpt2, llama, residual, sharpened, tokens
+
+STRANGER = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+ids = torch.tensor([[5, 17, 3, 60, 9]])
+with torch.no_grad():
+    cached = model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=True)
+    plain = model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False)
+    print(cached.tolist() == plain.tolist(), model(ids).logits.double().sum().item())
+assert "graphprune" not in sys.modules
+"""
+
+
+def test_a_stranger_loads_a_stock_checkpoint(tmp_path: Path) -> None:
+    result = graphprune.compile(llama(), {"input_ids": tokens()}, keep=0.6, kinds=["head", "ffn"])
+    graphprune.save(result, tmp_path / "out")
+    run = subprocess.run([sys.executable, "-c", STRANGER, tmp_path / "out"], capture_output=True, text=True, check=True, cwd=tmp_path)
+    same, total = run.stdout.split()
+    with torch.no_grad():
+        expected = result.model(torch.tensor([[5, 17, 3, 60, 9]])).logits.double().sum().item()
+    assert same == "True"
+    assert float(total) == pytest.approx(expected, rel=1e-4)
+    assert not any(name.suffix in (".bin", ".pkl", ".pt", ".py") for name in (tmp_path / "out").iterdir())
+
+
+def test_a_plan_reproduces_the_same_bytes(tmp_path: Path) -> None:
+    model, ids = llama(tied=True), {"input_ids": tokens()}
+    result = graphprune.compile(model, ids, keep=0.7, method="random", seed=5)
+    graphprune.save(result, tmp_path / "one")
+    plan = graphprune.load_plan(tmp_path / "one" / checkpoint.PLAN)
+    assert plan.cuts == result.plan.cuts
+    graphprune.save(graphprune.replay(model, plan, ids), tmp_path / "two")
+    for name in ("model.safetensors", "config.json", checkpoint.PLAN):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_plan_refuses_another_architecture(tmp_path: Path) -> None:
+    plan = graphprune.compile(llama(), {"input_ids": tokens()}, keep=0.7).plan
+    with pytest.raises(UserMistake, match="another model"):
+        graphprune.replay(gpt2(), plan, {"input_ids": tokens()})
+    (tmp_path / "broken.json").write_text('{"schema": 1, "cuts": [')
+    with pytest.raises(UserMistake, match="not a graphprune plan"):
+        graphprune.load_plan(tmp_path / "broken.json")
+
+
+@pytest.mark.parametrize("build", [llama, gpt2, bert])
+def test_layers_that_differ_round_trip_with_and_without_graphprune(build: Any, tmp_path: Path) -> None:
+    model, ids = build(), tokens()
+    result = graphprune.compile(model, {"input_ids": ids}, keep=0.7, kinds=["head", "ffn"], scope="global", alike=False)
+    if result.pruned.config is not None:
+        pytest.skip("the random choice happened to leave the layers alike")
+    graphprune.save(result, tmp_path / "out")
+    auto = transformers.AutoModelForMaskedLM if build is bert else transformers.AutoModelForCausalLM
+    for loaded in (graphprune.load(tmp_path / "out"), auto.from_pretrained(tmp_path / "out", trust_remote_code=True)):
+        with torch.no_grad():
+            torch.testing.assert_close(loaded.eval()(ids).logits, result.model(ids).logits)
+    if build is not bert:
+        written = [m.generate(ids, max_new_tokens=5, do_sample=False, use_cache=c) for m, c in ((loaded, True), (result.model, False))]
+        assert torch.equal(*written)
+
+
+def test_dtype_is_kept(tmp_path: Path) -> None:
+    model = llama().to(torch.bfloat16)
+    graphprune.save(graphprune.compile(model, {"input_ids": tokens()}, keep=0.7), tmp_path / "out")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_a_plain_module_round_trips(tmp_path: Path) -> None:
+    model, x = residual(), torch.randn(2, 3, 8, 8)
+    result = graphprune.compile(model, x, keep=0.6)
+    graphprune.save(result, tmp_path / "out")
+    loaded = graphprune.load(tmp_path / "out", sharpened(Residual(), seed=9))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), result.model(x))
+    with pytest.raises(UserMistake, match="plain module"):
+        graphprune.load(tmp_path / "out")
+
+
+def test_a_graph_is_saved_as_an_exported_program(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    result = graphprune.compile(residual(), x, keep=0.6, emit="graph")
+    graphprune.save(result, tmp_path / "out")
+    program = torch.export.load(tmp_path / "out" / "model.pt2").module()
+    with torch.no_grad():
+        torch.testing.assert_close(program(x), result.model(x))
+
+
+def test_nothing_is_written_over_or_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = graphprune.compile(llama(), {"input_ids": tokens()}, keep=0.7)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious.txt").write_text("mine")
+    with pytest.raises(UserMistake, match="not empty"):
+        graphprune.save(result, tmp_path / "full")
+
+    def no_space(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(result.model), "save_pretrained", no_space)
+    with pytest.raises(ModelLimit, match="could not be written"):
+        graphprune.save(result, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_a_checkpoint_that_reloads_differently_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class that recomputes something at load time must not slip through."""
+    result = graphprune.compile(llama(), {"input_ids": tokens()}, keep=0.7)
+    original = checkpoint.save_stock
+
+    def tampered(model: Any, folder: Path) -> None:
+        original(model, folder)
+        config = json.loads((folder / "config.json").read_text())
+        config["rms_norm_eps"] = 0.5
+        (folder / "config.json").write_text(json.dumps(config))
+
+    monkeypatch.setattr("graphprune.output.save_stock", tampered)
+    with pytest.raises(ModelLimit, match="does not compute"):
+        graphprune.save(result, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
