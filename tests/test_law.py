@@ -128,6 +128,22 @@ def _item(axes: Axes, item: Factor | Axis, letters: dict[Factor, str]) -> str:
     return letters.setdefault(item, chr(ord("a") + len(letters))) + "~" * (item in axes.renormalised)
 
 
+def roles(row: Row) -> str:
+    """What each operand's dimensions do in the contractions they enter directly: contracted, free, batch, ranked; capital
+    letters where all the operands are activations."""
+    nodes = {node.name: node for node in row.axes.trace.graph.nodes if node.op == "placeholder"}
+    inputs, named = iter(row.axes.trace.inputs), {t.name: name for name, t in row.axes.trace.tensors.items()}
+    places = [named[f"p{i}"] if o.parameter else next(inputs) for i, o in enumerate(row.model.case.operands)]
+    found = ", ".join(_roles(row.axes, nodes[place]) for place in places)
+    return found if found.strip("., ") else ""
+
+
+def _roles(axes: Axes, node: fx.Node) -> str:
+    found = [{use.role[0].upper() if use.joint else use.role[0] for use in axes.uses if use.operand is node and use.dim == dim}
+        for dim in range(len(axes.nodes[node]))]  # fmt: skip
+    return "".join("".join(sorted(letters)) or "." for letters in found)
+
+
 # ── the law ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -160,6 +176,7 @@ def check(row: Row, keep: Keep) -> None:
 def test_law(case: Case) -> None:
     row = row_of(case)
     assert signature(row) == case.type
+    assert roles(row) == case.roles
     for keep in subsets(row):
         check(row, keep)
 

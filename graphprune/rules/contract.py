@@ -152,6 +152,4 @@ def _repeated(op: Op, query: Typed, operand: Typed) -> Typed:
     groups = operand.axes[-3]
     times = op.length(query.axes[-3]) // op.length(groups)
     (rep,) = op.fresh((times,))
-    heads = op.product(groups, rep)
-    op.equal(query.axes[-3], heads)
-    return Typed((*operand.axes[:-3], heads, *operand.axes[-2:]))
+    return Typed((*operand.axes[:-3], op.product(groups, rep), *operand.axes[-2:]))

@@ -40,9 +40,6 @@ def _channels(op: Op, weight: Typed) -> tuple[Expression, Expression, Expression
     """The group, input and output factors of a convolution weight, and the output channels they make."""
     groups = int(op.get("groups", 1))
     rows, columns = weight.axes[:2]
-    if groups == 1:
-        inner, outer = (rows, columns) if _transposed(op) else (columns, rows)
-        return op.solver.fresh(1), inner, outer, outer
     group, per_group = op.fresh((groups, op.length(rows) // groups))
     op.equal(rows, op.product(group, per_group))
     op.literal("groups", group)

@@ -140,7 +140,7 @@ def _advanced(op: Op, source: Typed, indices: Sequence[Typed | None], shape: Seq
     tensors = [index for index in indices if index is not None]
     for place, tensor in zip(places, tensors, strict=True):
         _indexed(op, source.axes[place], tensor)
-    rank = max((len(tensor.axes) for tensor in tensors), default=0)
+    rank = max(len(tensor.axes) for tensor in tensors)
     start = places[0] if places == list(range(places[0], places[-1] + 1)) else 0
     chosen = op.broadcast(tensors, tuple(shape[start : start + rank]))
     rest = [axis for place, axis in enumerate(source.axes) if place not in places]
@@ -175,8 +175,10 @@ def slice_scatter(op: Op) -> Typed:
 def one_hot(op: Op) -> Typed:
     """A new axis with a position for each value."""
     source = op["self"]
-    known = source.values is not None and op.length(source.values) == op.shape[-1]
-    axis = op.positions(source) if known else op.pinned(op.shape[-1], "one position for each value of data")
+    axis = op.pinned(op.shape[-1], "one position for each value of data")
+    if source.values is not None and op.length(source.values) == op.shape[-1]:
+        op.positions(source)
+        axis = source.values
     op.literal("num_classes", axis)
     return Typed((*source.axes, axis))
 
@@ -185,7 +187,7 @@ def one_hot(op: Op) -> Typed:
 def ranked(op: Op) -> Typed | tuple[Typed, ...]:
     """Units compared with each other; the indices range over the axis."""
     source = op["self"]
-    dim = op.dim("dim", len(source.axes), -1)
+    dim = op.dim("dim", len(source.axes))
     axis = source.axes[dim]
     op.renormalise(axis, f"{op.name} compares its units")
     op.use(source, dim, "ranked")

@@ -39,18 +39,18 @@ def group_norm(op: Op) -> Typed:
     return Typed(source.axes)
 
 
-@rule(aten.batch_norm, aten.instance_norm, aten._native_batch_norm_legit_no_training)
-def batch_norm(op: Op) -> Typed | tuple[Typed, ...]:
+@rule(aten.batch_norm, aten.instance_norm)
+def batch_norm(op: Op) -> Typed:
     """Each channel (dimension 1) on its own: scale, shift and running statistics carry it."""
     source = op["input"]
-    over = source.axes[2:] if op.get("use_input_stats", False) else (source.axes[0], *source.axes[2:]) if op.get("training") else ()
-    for axis in over:
-        op.renormalise(axis, "normalised over")
+    batch = source.axes[:1] if op.get("training") else ()
+    if op.get("training") or op.get("use_input_stats"):
+        for axis in (*batch, *source.axes[2:]):
+            op.renormalise(axis, "normalised over")
     for name in ("weight", "bias", "running_mean", "running_var"):
         if op.get(name) is not None:
             op.equal(source.axes[1], op[name].axes[0])
-    out = Typed(source.axes)
-    return out if not op.shapes or isinstance(op.shapes[0], int) else (out, *(Typed(op.fresh(s)) for s in op.shapes[1:]))
+    return Typed(source.axes)
 
 
 @rule(aten.softmax, aten._softmax, aten.log_softmax, aten._log_softmax, aten._safe_softmax)

@@ -46,7 +46,7 @@ def clamp(op: Op) -> Typed:
 @rule(aten.where)
 def where(op: Op) -> Typed:
     """Elementwise; with a condition alone it lists places, which depends on data."""
-    if "self" not in op.arguments and "other" not in op.arguments:
+    if "self" not in op.arguments:
         raise Conflict("lists the places where its operand is true")
     return Typed(op.broadcast(op.tensors, op.shape))
 
@@ -80,7 +80,7 @@ def prelu(op: Op) -> Typed:
 def glu(op: Op) -> Typed:
     """The first half of an axis gated by the second."""
     axes = list(op["self"].axes)
-    dim = op.dim("dim", len(axes), -1)
+    dim = op.dim("dim", len(axes))
     value, gate = op.cut(axes[dim], op.shape[dim])
     op.equal(value, gate)
     axes[dim] = value

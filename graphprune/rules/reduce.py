@@ -22,7 +22,7 @@ def total(op: Op) -> Typed:
     powers = [op.get(name, 2) for name in ("ord", "p")]
     for dim in dims:
         op.use(source, dim, "contracted")
-        if any(not isinstance(power, int | float) or power <= 0 for power in powers):
+        if any(not isinstance(power, int | float) or power < 0 for power in powers):
             op.renormalise(source.axes[dim], "a norm that zeros count in")
     return Typed(_reduced(op, source, dims))
 
@@ -71,7 +71,7 @@ def running_total(op: Op) -> Typed:
 def cosine_similarity(op: Op) -> Typed:
     """Two norms and a product over one axis."""
     rank = len(op.shape) + 1
-    dim = op.dim("dim", rank, 1)
+    dim = op.dim("dim", rank)
     summed = [(operand, dim - rank) for operand in op.tensors if len(operand.axes) >= rank - dim]
     shape = list(op.shape)
     shape.insert(dim, max(op.length(operand.axes[place]) for operand, place in summed))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -98,10 +98,9 @@ class Op:
         shape: tuple[int, ...] = self.shapes
         return shape
 
-    def dim(self, name: str, rank: int, default: int = 0) -> int:
+    def dim(self, name: str, rank: int) -> int:
         """The dimension named by an argument, counted from the front."""
-        value = self.get(name, default)
-        return int(value) % rank if rank else 0
+        return int(self[name]) % max(rank, 1)
 
     def dims(self, name: str, rank: int) -> tuple[int, ...]:
         """The dimensions an argument names, all of them when it names none."""
@@ -185,8 +184,8 @@ class Op:
             self.uses.append(Use(self.node, operand.source, dim, role, operand.axes[dim] if axis is None else axis, joint))
 
     def joint(self, *operands: Typed) -> bool:
-        """Whether all the operands are activations, none a weight."""
-        return all(operand.activation for operand in operands)
+        """Whether several operands meet and all are activations, none a weight."""
+        return len(operands) > 1 and all(operand.activation for operand in operands)
 
     def broadcast(self, operands: Iterable[Typed], shape: tuple[int, ...]) -> tuple[Expression, ...]:
         """The axes of an elementwise result: aligned from the right, sizes of one stretch."""
@@ -204,16 +203,17 @@ class Op:
 
 
 RuleFunction = Callable[[Op], Result]
+Rule = TypeVar("Rule", bound=RuleFunction)
 
 
 RULES: dict[str, RuleFunction] = {}
 """Every rule by the qualified name of the operation (``aten::linear``)."""
 
 
-def rule(*operations: Any) -> Callable[[RuleFunction], RuleFunction]:
+def rule(*operations: Any) -> Callable[[Rule], Rule]:
     """Register a function as the rule of the given operations (overload packets, every overload of them)."""
 
-    def register(function: RuleFunction) -> RuleFunction:
+    def register(function: Rule) -> Rule:
         for operation in operations:
             RULES[operation._qualified_op_name] = function
         return function
