@@ -23,6 +23,9 @@ class Factor:
     id: int
     size: int
 
+    def __hash__(self) -> int:
+        return self.id
+
     def __str__(self) -> str:
         return f"f{self.id}:{self.size}"
 
@@ -51,6 +54,10 @@ class Axis:
                     yield item, 0
                 else:
                     yield from ((factor, depth + 1) for factor, depth in item.occurrences())
+
+    def shrinks(self, keep: Keep) -> bool:
+        """Whether any of its factors is in ``keep``."""
+        return any(factor in keep for factor in self.factors)
 
     def resized(self, keep: Keep) -> int:
         """Number of indices once the factors in ``keep`` have shrunk."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import groupby
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,8 @@ class Plan:
 
     def dumps(self) -> str:
         """The plan as JSON, kept units as ranges: ``0-3,7``."""
-        body = asdict(self) | {"cuts": [asdict(cut) | {"kept": _ranges(cut.kept)} for cut in self.cuts]}
+        body = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        body["cuts"] = [{e.name: getattr(cut, e.name) for e in fields(cut)} | {"kept": _ranges(cut.kept)} for cut in self.cuts]
         return json.dumps({"schema": SCHEMA, **body}, indent=1) + "\n"
 
     def save(self, path: str | Path) -> None:
@@ -86,8 +86,13 @@ def fingerprint(trace: Trace) -> str:
 
 
 def _ranges(units: Iterable[int]) -> str:
-    runs = [[unit for _, unit in run] for _, run in groupby(enumerate(units), lambda pair: pair[1] - pair[0])]
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    runs: list[list[int]] = []
+    for unit in units:
+        if runs and unit == runs[-1][1] + 1:
+            runs[-1][1] = unit
+        else:
+            runs.append([unit, unit])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _units(text: str) -> tuple[int, ...]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from graphprune.rules import Literal, Op, Typed, Use, find_rule, is_in_place
 from graphprune.trace import Trace
 from graphprune.unify import Conflict, Expression, Link, Reason, Solver, Variable, resolve
 
+Solve = Callable[[Expression], Axis]
 UNKNOWN = 10_007
 """Stands for a size that depends on data: prime, and larger than such sizes tend to be."""
 
@@ -218,7 +220,7 @@ class _Walk:
     # ── reading the solution ─────────────────────────────────────────────────────────────────────────────────────────
 
     def solution(self) -> Axes:
-        least = self._least()
+        least, solve = self._least(), cache(resolve)
         pins: dict[Factor, list[Reason]] = defaultdict(list)
         soft: dict[Factor, list[Reason]] = defaultdict(list)
         for variable in self.solver.variables:
@@ -228,10 +230,10 @@ class _Walk:
                 soft[factor] += variable.renormalised
         return Axes(
             trace=self.trace,
-            tensors={name: tuple(map(resolve, typed.axes)) for name, typed in self.named.items()},
-            nodes={node: _resolved(value) for node, value in self.values.items()},
-            uses=tuple(ResolvedUse(u.node, u.operand, u.dim, u.role, resolve(u.axis), u.joint) for u in self.uses),
-            literals={node: (tuple(map(_literal, found)), becomes) for node, (found, becomes) in self.literals.items()},
+            tensors={name: tuple(map(solve, typed.axes)) for name, typed in self.named.items()},
+            nodes={node: _resolved(value, solve) for node, value in self.values.items()},
+            uses=tuple(ResolvedUse(u.node, u.operand, u.dim, u.role, solve(u.axis), u.joint) for u in self.uses),
+            literals={n: (tuple(_literal(one, solve) for one in found), other) for n, (found, other) in self.literals.items()},
             pins={factor: tuple(reasons) for factor, reasons in pins.items() if reasons},
             renormalised={factor: tuple(reasons) for factor, reasons in soft.items() if reasons},
             links=tuple(self.solver.links),
@@ -268,17 +270,17 @@ def source_line(node: fx.Node) -> str:
     return f"{path.rpartition('/')[2]}:{rest.split(',')[0]}  {code.strip().splitlines()[0] if code.strip() else ''}".rstrip()
 
 
-def _literal(literal: Literal) -> Literal:
+def _literal(literal: Literal, solve: Solve) -> Literal:
     axes = literal.axes
     if literal.meaning == "sizes":
-        return replace(literal, axes=tuple(map(resolve, axes)))
-    return literal if literal.meaning == "constant" else replace(literal, axes=resolve(axes))
+        return replace(literal, axes=tuple(map(solve, axes)))
+    return literal if literal.meaning == "constant" else replace(literal, axes=solve(axes))
 
 
-def _resolved(value: Any) -> Any:
+def _resolved(value: Any, solve: Solve) -> Any:
     if isinstance(value, Typed):
-        return tuple(map(resolve, value.axes))
-    return tuple(map(_resolved, value)) if isinstance(value, tuple | list) else None
+        return tuple(map(solve, value.axes))
+    return tuple(_resolved(part, solve) for part in value) if isinstance(value, tuple | list) else None
 
 
 def _each(value: Any) -> Iterator[Typed]:

@@ -1,7 +1,8 @@
 """Scores and a budget in, a Plan out: which units go.
 
 Groups that must shrink alike form one *lever*; a lever shrinks in *steps*, each taking the lowest-scored units that are left.
-``local`` pulls every lever by the same share, ``global`` takes the cheapest steps (score per parameter) wherever they are.
+``local`` pulls every lever by the same share, ``global`` takes the cheapest steps (score per parameter) wherever they are,
+``rank`` the lowest scores, whatever a step frees: for scores that are standardised already.
 """
 
 from __future__ import annotations
@@ -48,17 +49,18 @@ class Budget:
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
             raise UserMistake(f"keep must be above 0 and at most 1, not {self.keep}", fix="0.8 keeps 80 %")
-        for name, value, choices in (("keep_of", self.keep_of, ("groups", "model")), ("scope", self.scope, ("local", "global"))):
+        scopes = ("local", "global", "rank")
+        for name, value, choices in (("keep_of", self.keep_of, ("groups", "model")), ("scope", self.scope, scopes)):
             if value not in choices:
                 raise UserMistake(f"{name} cannot be {value!r}", fix=nearest(value, choices))
 
 
 @dataclass(frozen=True)
 class Lever:
-    """Groups that shrink together, step by step; ``order`` lists each group's units from least to most important."""
+    """Groups that shrink together, step by step; ``orders`` lists each group's units from least to most important."""
 
     groups: tuple[Group, ...]
-    orders: tuple[tuple[int, ...], ...]
+    orders: tuple[Tensor, ...]
     values: Tensor
     step: int
     floor: int
@@ -177,7 +179,7 @@ def _lever(groups: tuple[Group, ...], scores: Scores, budget: Budget) -> Lever:
     kind, step = groups[0].kind, for_kind(budget.round_to, groups[0].kind)
     step = step if step < groups[0].size else 1
     floor = max(1, for_kind(budget.minimum, kind))
-    return Lever(groups, tuple(tuple(order.tolist()) for _, order in sorts), values, step, floor)
+    return Lever(groups, tuple(order for _, order in sorts), values, step, floor)
 
 
 def for_kind(setting: int | Mapping[str, int], kind: str) -> int:
@@ -189,7 +191,7 @@ def for_kind(setting: int | Mapping[str, int], kind: str) -> int:
 
 
 def _pull(levers: Sequence[Lever], ledger: Ledger, budget: Budget) -> list[int]:
-    order = _by_share(levers) if budget.scope == "local" else _by_value(levers, ledger)
+    order = _by_share(levers) if budget.scope == "local" else _by_value(levers, ledger, budget)
     low, high = 0, len(order)
     while low < high:
         middle = (low + high) // 2
@@ -218,13 +220,15 @@ def _by_share(levers: Sequence[Lever]) -> list[int]:
     return [place for _, _, place in sorted(steps)]
 
 
-def _by_value(levers: Sequence[Lever], ledger: Ledger) -> list[int]:
-    """Every step of every lever, cheapest first: score over parameters, never a later step of a lever before an earlier."""
+def _by_value(levers: Sequence[Lever], ledger: Ledger, budget: Budget) -> list[int]:
+    """Every step of every lever, cheapest first, never a later step of a lever before an earlier: score per parameter, or unit."""
     whole = ledger.cost(levers, [0] * len(levers))
     rows = []
     for place, lever in enumerate(levers):
         single = [int(other == place) for other in range(len(levers))]
-        price = (whole - ledger.cost(levers, single)) / max(1, lever.size - lever.kept(1)) if lever.steps else 1.0
+        price = 1.0
+        if budget.scope == "global" and lever.steps:
+            price = (whole - ledger.cost(levers, single)) / max(1, lever.size - lever.kept(1))
         worst = float("-inf")
         for step in range(1, lever.steps + 1):
             worst = max(worst, lever.value(step) / (price * (lever.kept(step - 1) - lever.kept(step))))
@@ -271,10 +275,10 @@ def _plan(groups: Groups, scores: Scores, budget: Budget, levers: Sequence[Lever
 def _cuts(lever: Lever, depth: int, scores: Scores) -> Iterator[Cut]:
     gone = lever.size - lever.kept(depth)
     for group, order in zip(lever.groups, lever.orders, strict=True):
-        kept = tuple(sorted(order[gone:]))
+        kept, removed = order[gone:].sort().values, order[:gone]
         row = scores[group.name]
-        summary = {"kept": float(row[list(kept)].mean()), "removed": float(row[list(order[:gone])].mean())}
-        yield Cut(group.name, group.kind, group.size, kept, tuple(str(m) for m in group.members), summary)
+        summary = {"kept": float(row[kept].mean()), "removed": float(row[removed].mean())}
+        yield Cut(group.name, group.kind, group.size, tuple(kept.tolist()), tuple(str(m) for m in group.members), summary)
 
 
 def _options(budget: Budget) -> dict[str, Any]:

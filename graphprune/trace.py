@@ -103,7 +103,7 @@ def _repeated(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     tensors = _tensors(program, model)[0]
     names = {holder: tensor.name for holder, tensor in tensors.items() if tensor.kind != "constant"}
     flat = write_out(inline(program.graph_module), names, repeats)
-    return flat and _as_trace(model, program, flat, args, kwargs)
+    return None if flat is None else _as_trace(model, program, flat, args, kwargs)
 
 
 @contextmanager

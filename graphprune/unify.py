@@ -260,11 +260,23 @@ def _expand(product: Product) -> Iterator[Product]:
 
 def _follow(variable: Variable) -> Product:
     """What a variable stands for, as far as that is a product: free variables and true sums stay."""
+    variable = _find(variable)
     if variable.size == 1:
         return ()
     if variable.meaning is None or len(variable.meaning) > 1:
         return (variable,)
     return tuple(part for inner in variable.meaning[0] for part in _follow(inner))
+
+
+def _find(variable: Variable) -> Variable:
+    """The end of a chain of merges; the chain is shortened, so that a width merged once a layer stays one step away."""
+    chain = []
+    while (meaning := variable.meaning) is not None and len(meaning) == 1 and len(meaning[0]) == 1:
+        chain.append(variable)
+        variable = meaning[0][0]
+    for passed in chain[:-1]:
+        passed.meaning = ((variable,),)
+    return variable
 
 
 def leaves(axis: Sequence[Product]) -> Iterator[Variable]:

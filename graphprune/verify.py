@@ -33,7 +33,7 @@ def masks(axes: Axes, keep: Keep) -> Edit:
     """An edit that zeroes removed units of every operand a contraction sums over."""
     spots: dict[tuple[fx.Node, fx.Node], list[tuple[int, Tensor]]] = defaultdict(list)
     for use in axes.uses:
-        if use.role == "contracted" and not use.axis.factors.isdisjoint(keep):
+        if use.role == "contracted" and use.axis.shrinks(keep):
             whole = axes.nodes[use.operand][use.dim]
             spots[use.node, use.operand].append((use.dim, _mask(whole, use.axis, keep)))
 

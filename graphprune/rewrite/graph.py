@@ -21,7 +21,7 @@ from graphprune.trace import Trace
 def cut(tensor: Tensor, axes: tuple[Axis, ...], keep: Keep) -> Tensor:
     """The slice of ``tensor`` that survives; the tensor itself where nothing on it shrinks."""
     for dim, axis in enumerate(axes):
-        if not axis.factors.isdisjoint(keep):
+        if axis.shrinks(keep):
             tensor = tensor.index_select(dim, torch.tensor(axis.kept(keep), device=tensor.device))
     return tensor
 
@@ -97,7 +97,7 @@ def _followed(axes: Axes, node: fx.Node, literal: Literal, arguments: Mapping[st
         return literal.axes if _touched(axes, node, keep) else None
     if literal.meaning == "sizes":
         return _sizes(arguments.get(literal.name), literal, keep)
-    if literal.axes.factors.isdisjoint(keep):
+    if not literal.axes.shrinks(keep):
         return None
     if literal.meaning == "size":
         return literal.axes.resized(keep)
@@ -106,17 +106,17 @@ def _followed(axes: Axes, node: fx.Node, literal: Literal, arguments: Mapping[st
 
 def _touched(axes: Axes, node: fx.Node, keep: Keep) -> bool:
     operands = (axes.nodes[operand] for operand in node.all_input_nodes)
-    return any(not axis.factors.isdisjoint(keep) for operand in operands for axis in operand if isinstance(axis, Axis))
+    return any(axis.shrinks(keep) for operand in operands for axis in operand if isinstance(axis, Axis))
 
 
 def _sizes(given: Any, literal: Literal, keep: Keep) -> list[Any] | None:
     """A list of sizes: integers follow their axes, -1 and symbolic sizes take care of themselves."""
-    if all(axis.factors.isdisjoint(keep) for axis in literal.axes):
+    if all(not axis.shrinks(keep) for axis in literal.axes):
         return None
     if not isinstance(given, list | tuple):
         given = [axis.size for axis in literal.axes]
     return [
-        size if not isinstance(size, int) or size == -1 or axis.factors.isdisjoint(keep) else axis.resized(keep)
+        size if not isinstance(size, int) or size == -1 or not axis.shrinks(keep) else axis.resized(keep)
         for size, axis in zip(given, literal.axes, strict=True)
     ]
 

@@ -212,6 +212,6 @@ def _hidden(model: nn.Module, evidence: Sequence[Evidence], axes: Axes, keep: Ke
 
 def _first_cut(axes: Axes, keep: Keep) -> str:
     for node, value in axes.nodes.items():
-        if node.op == "call_function" and any(isinstance(a, Axis) and not a.factors.isdisjoint(keep) for a in value or ()):
+        if node.op == "call_function" and any(isinstance(a, Axis) and a.shrinks(keep) for a in value or ()):
             return source_line(node)
     return type(axes.trace).__name__

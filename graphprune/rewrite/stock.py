@@ -27,8 +27,8 @@ def shapes_after(axes: Axes, keep: Keep) -> dict[str, tuple[int, ...]]:
 def numbers(axes: Axes, keep: Keep) -> dict[int, list[int]]:
     """What sizes anywhere in the graph become: hints for config fields that move no shape (a count of heads)."""
     found: dict[int, set[int]] = defaultdict(set)
-    for axis in _axes(axes):
-        if not axis.factors.isdisjoint(keep):
+    for axis in {id(axis): axis for axis in _axes(axes)}.values():
+        if axis.shrinks(keep):
             found[axis.size].add(axis.resized(keep))
     for factor, kept in keep.items():
         found[factor.size].add(len(kept))
@@ -61,4 +61,5 @@ def expressible(model: PreTrainedModel, axes: Axes, keep: Keep) -> None:
 
 
 def _saved(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
-    return {name: shape for name, shape in shapes.items() if name in model.state_dict(keep_vars=True)}
+    names = model.state_dict(keep_vars=True).keys()
+    return {name: shape for name, shape in shapes.items() if name in names}
