@@ -9,6 +9,7 @@ from graphprune.masks import Matrix, Moments, Norms, Pattern, Sparse, lowest, sp
 from graphprune.output import save
 from graphprune.plan import Plan, load_plan
 from graphprune.propagate import Axes, propagate
+from graphprune.recover import recover
 from graphprune.replay import replay
 from graphprune.rewrite.checkpoint import load
 from graphprune.score import Scores, combine, gather_units, score, to_units
@@ -49,6 +50,7 @@ __all__ = [
     "lowest",
     "open_source",
     "propagate",
+    "recover",
     "replay",
     "rewrite",
     "save",

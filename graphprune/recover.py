@@ -1,0 +1,321 @@
+"""A pruned language model and text or instructions in, the same model trained back towards what it was out: LoRA or everything.
+
+The loss is next-token cross-entropy, the divergence from the unpruned teacher's predictions, or a mixture. What comes back is a
+plain model again: adapters are merged, nothing of the training stays.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, fields, replace
+from importlib import import_module
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
+from transformers.pytorch_utils import Conv1D
+
+from graphprune.data import Calibration, inference, logits_of, tokenize
+from graphprune.errors import UserMistake, nearest
+from graphprune.pipeline import Progress
+
+IGNORED = -100
+"""The label of a token that is not to be learnt."""
+
+Data = Calibration | Sequence[str] | Sequence[Mapping[str, Any]]
+"""Token batches, documents, or instructions: mappings with ``prompt`` and ``response``, or Alpaca's three fields."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How to train. Training ends after ``epochs``, ``steps`` or ``minutes``, whichever comes first (None: no such limit).
+
+    ``distill`` is the weight of the teacher against the text, 1 being the teacher alone; ``top`` compares only its most likely
+    tokens and the rest as one. The rate rises over ``warmup`` steps, a tenth of all at most, and falls to zero linearly.
+    """
+
+    method: str = "lora"
+    r: int = 8
+    alpha: int = 16
+    dropout: float = 0.05
+    lr: float = 1e-4
+    epochs: float | None = 2
+    steps: int | None = None
+    minutes: float | None = None
+    batch: int = 64
+    micro: int = 4
+    length: int = 256
+    warmup: int = 100
+    decay: float = 0.0
+    clip: float = 1.0
+    distill: float = 1.0
+    top: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in ("lora", "full"):
+            raise UserMistake(f"method cannot be {self.method!r}", fix=nearest(self.method, ("lora", "full")))
+        if self.epochs is None and self.steps is None and self.minutes is None:
+            raise UserMistake("the training would never end", fix="give epochs, steps or minutes")
+        if min(self.batch, self.micro, self.length - 1) < 1 or not 0 <= self.distill <= 1:
+            raise UserMistake(f"no such training: {self}", fix="batch and micro ≥ 1, length ≥ 2, 0 ≤ distill ≤ 1")
+
+
+PRESETS: Mapping[str, Recipe] = {
+    "llm-pruner": Recipe(),
+    "ten-minutes": Recipe(method="full", lr=1e-4, epochs=None, minutes=10, batch=4, micro=4, length=256, warmup=10),
+}
+"""LLM-Pruner's published recipe, and what recovers most in ten minutes on two CPU cores (see docs/methods.md)."""
+
+
+def recover(
+    model: nn.Module,
+    data: Data,
+    *,
+    teacher: nn.Module | None = None,
+    tokenizer: Any = None,
+    preset: str = "llm-pruner",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> nn.Module:
+    """A trained copy of ``model``. ``settings`` change the preset's ``Recipe``; ``teacher`` is the unpruned model.
+
+    ``data`` is text (documents, joined and cut into ``length`` tokens), a Calibration, or instructions, of which only the answers
+    are learnt. The same seed gives the same model, unless ``minutes`` ends the training. Raises UserMistake on settings or data
+    that cannot work.
+    """
+    recipe = recipe_of(preset, settings)
+    examples = read_examples(data, tokenizer, recipe.length)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        student, parameters = _trainable(deepcopy(model), recipe)
+        _train(student, parameters, teacher, examples, recipe, progress)
+    return _plain(student, model)
+
+
+def recipe_of(preset: str, settings: Mapping[str, Any]) -> Recipe:
+    """A preset with some settings changed. Raises UserMistake naming the nearest setting."""
+    if preset not in PRESETS:
+        raise UserMistake(f"no recipe is called {preset!r}", fix=nearest(preset, PRESETS))
+    known = [field.name for field in fields(Recipe)]
+    for name in settings:
+        if name not in known:
+            raise UserMistake(f"recover has no setting {name!r}", fix=nearest(name, known))
+    return replace(PRESETS[preset], **settings)
+
+
+# ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One sequence: token ids and labels, both (tokens,); a label of −100 is not learnt."""
+
+    ids: Tensor
+    labels: Tensor
+
+
+def read_examples(data: Data, tokenizer: Any, length: int) -> list[Example]:
+    """Token sequences of at most ``length``. Raises UserMistake where there is nothing to learn."""
+    if isinstance(data, Calibration):
+        found = [Example(row[:length], row[:length]) for batch in data.batches for row in batch]
+    elif all(isinstance(item, str) for item in data):
+        found = _windows([str(item) for item in data], _needed(tokenizer), length)
+    elif all(isinstance(item, Mapping) and "input_ids" in item for item in data):
+        found = [example for item in data for example in _given(item, length)]  # type: ignore[arg-type]
+    else:
+        found = [_instruction(item, _needed(tokenizer), length) for item in data]  # type: ignore[arg-type]
+    kept = [example for example in found if bool((example.labels[1:] != IGNORED).any())]
+    if not kept:
+        raise UserMistake("there is nothing to learn from", why=f"no sequence of up to {length} tokens has a token to predict")
+    return kept
+
+
+def _needed(tokenizer: Any) -> Any:
+    if tokenizer is None:
+        raise UserMistake("text needs a tokenizer", fix="recover(…, tokenizer=source.tokenizer())")
+    return tokenizer
+
+
+def _given(inputs: Mapping[str, Tensor], length: int) -> Iterator[Example]:
+    labels = inputs.get("labels", inputs["input_ids"])
+    for ids, wanted in zip(inputs["input_ids"], labels, strict=True):
+        yield Example(ids[:length], wanted[:length])
+
+
+def _windows(texts: Iterable[str], tokenizer: Any, length: int) -> list[Example]:
+    """Documents, each ended by the end-of-text token, in one row, cut; what is left over is dropped."""
+    end = [] if tokenizer.eos_token_id is None else [torch.tensor([tokenizer.eos_token_id])]
+    stream = torch.cat([part for text in texts for part in (tokenize(tokenizer, text), *end)])
+    return [Example(ids, ids) for ids in torch.split(stream, length) if len(ids) == length]
+
+
+def _instruction(record: Mapping[str, str], tokenizer: Any, length: int) -> Example:
+    """A prompt and its answer; only the answer and the end of text are learnt."""
+    prompt, answer = _prompt(record)
+    asked, said = tokenize(tokenizer, prompt), tokenize(tokenizer, answer)
+    if tokenizer.eos_token_id is not None:
+        said = torch.cat([said, torch.tensor([tokenizer.eos_token_id])])
+    ids = torch.cat([asked, said])
+    return Example(ids[:length], torch.cat([torch.full_like(asked, IGNORED), said])[:length])
+
+
+def _prompt(record: Mapping[str, str]) -> tuple[str, str]:
+    if "prompt" in record and "response" in record:
+        return record["prompt"], record["response"]
+    if "instruction" not in record or "output" not in record:
+        raise UserMistake(f"no instruction: {sorted(record)}", fix="prompt and response, or instruction, input and output")
+    given = f"### Input:\n{record['input']}\n\n" if record.get("input") else ""
+    return f"### Instruction:\n{record['instruction']}\n\n{given}### Response:\n", record["output"]
+
+
+def _collate(examples: Sequence[Example], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs (rows, tokens), padded on the right, and labels."""
+    longest = max(len(example.ids) for example in examples)
+    short = [longest - len(example.ids) for example in examples]
+    ids = torch.stack([pad(example.ids, (0, gap)) for example, gap in zip(examples, short, strict=True)])
+    labels = torch.stack([pad(example.labels, (0, gap), value=IGNORED) for example, gap in zip(examples, short, strict=True)])
+    inputs = {"input_ids": ids.to(device)}
+    if any(short):
+        inputs["attention_mask"] = (torch.arange(longest) < longest - torch.tensor(short)[:, None]).long().to(device)
+    return inputs, labels.to(device)
+
+
+def _batches(examples: Sequence[Example], recipe: Recipe) -> Iterator[list[Example]]:
+    """Shuffled anew every epoch, for as long as anybody asks."""
+    draw = torch.Generator().manual_seed(recipe.seed)
+    for _ in count():
+        order = torch.randperm(len(examples), generator=draw).tolist()
+        for start in range(0, len(order), recipe.batch):
+            yield [examples[i] for i in order[start : start + recipe.batch]]
+
+
+# ── what trains ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Every linear layer but the output head: all projections of attention and feed-forward, whatever they are called."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+
+
+def _trainable(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, list[nn.Parameter]]:
+    if recipe.method == "lora":
+        names = linear_names(model)
+        if not names:
+            raise UserMistake("LoRA finds no linear layer in this model", fix='method="full"')
+        transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in names)
+        peft = import_module("peft")
+        config = peft.LoraConfig(
+            r=recipe.r,
+            lora_alpha=recipe.alpha,
+            lora_dropout=recipe.dropout,
+            target_modules=names,
+            bias="none",
+            fan_in_fan_out=transposed,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers under an old name
+            model = peft.get_peft_model(model, config)
+    else:
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+    return model, [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _plain(student: nn.Module, like: nn.Module) -> nn.Module:
+    """Adapters merged; modes and flags as they were."""
+    merge: Any = getattr(student, "merge_and_unload", None)
+    plain: nn.Module = student if merge is None else merge()
+    asked = dict(like.named_parameters())
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(asked[name].requires_grad)
+        parameter.grad = None
+    return plain.train(like.training)
+
+
+# ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _train(
+    student: nn.Module,
+    parameters: list[nn.Parameter],
+    teacher: nn.Module | None,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    progress: Progress | None,
+) -> None:
+    device = parameters[0].device
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.decay)
+    total, begun, tokens = _steps(len(examples), recipe), time.monotonic(), 0
+    student.train()
+    for step, chosen in enumerate(_batches(examples, recipe)):
+        spent = max(step / total, (time.monotonic() - begun) / 60 / recipe.minutes if recipe.minutes else 0.0)
+        if spent >= 1:
+            return
+        rate = recipe.lr * _rise(step, total, recipe) * (1 - spent)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        wanted = sum(int((example.labels[1:] != IGNORED).sum()) for example in chosen)
+        loss = 0.0
+        for start in range(0, len(chosen), recipe.micro):
+            inputs, labels = _collate(chosen[start : start + recipe.micro], device)
+            part = _loss(student, teacher, inputs, labels, recipe) / wanted
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += float(part.detach())
+            tokens += labels.numel()
+        nn.utils.clip_grad_norm_(parameters, recipe.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if progress is not None:
+            progress(f"step {step + 1}  loss {loss:.4f}  rate {rate:.1e}  {tokens} tokens  {time.monotonic() - begun:.0f} s")
+
+
+def _steps(examples: int, recipe: Recipe) -> float:
+    """Optimizer steps until the first of the limits that count steps."""
+    per_epoch = -(-examples // recipe.batch)
+    limits = [recipe.steps, None if recipe.epochs is None else max(1, round(recipe.epochs * per_epoch))]
+    return min((float(limit) for limit in limits if limit is not None), default=float("inf"))
+
+
+def _rise(step: int, total: float, recipe: Recipe) -> float:
+    warmup = min(recipe.warmup, total / 10)
+    return min(1.0, (step + 1) / warmup) if warmup >= 1 else 1.0
+
+
+def _loss(student: nn.Module, teacher: nn.Module | None, inputs: dict[str, Tensor], labels: Tensor, recipe: Recipe) -> Tensor:
+    """Summed over the tokens that are to be learnt."""
+    next_labels = labels[:, 1:]
+    learnt = next_labels != IGNORED
+    logits = logits_of(student(**inputs))[:, :-1][learnt].float()
+    if teacher is None:
+        return cross_entropy(logits, next_labels[learnt], reduction="sum")
+    with inference(teacher):
+        wanted = logits_of(teacher(**inputs))[:, :-1][learnt].float()
+    distance = divergence(logits, wanted, recipe.top)
+    if recipe.distill == 1:
+        return distance
+    return recipe.distill * distance + (1 - recipe.distill) * cross_entropy(logits, next_labels[learnt], reduction="sum")
+
+
+def divergence(logits: Tensor, wanted: Tensor, top: int | None = None) -> Tensor:
+    """Σ over tokens of KL(teacher ‖ student), from logits (tokens, vocabulary).
+
+    ``top`` compares the teacher's most likely tokens one by one and all others as one event.
+    """
+    ours, theirs = logits.log_softmax(-1), wanted.log_softmax(-1)
+    if top is not None and top < wanted.shape[-1]:
+        theirs, places = theirs.topk(top)
+        ours, theirs = (torch.cat([x, _rest(x)], -1) for x in (ours.gather(-1, places), theirs))
+    return (theirs.exp() * (theirs - ours)).sum()
+
+
+def _rest(log_probabilities: Tensor) -> Tensor:
+    """The logarithm of what is missing to one."""
+    mass = log_probabilities.exp().sum(-1, keepdim=True)
+    return (1 - mass).clamp_min(1e-7).log()
