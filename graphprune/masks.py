@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -124,9 +125,9 @@ def sparsify(
     step = find_mask(method, **(options or {}))
     batches = _batches(model, calibration, example_inputs, needed=bool(_statistics(step)))
     sparse = deepcopy(model)
-    with exportable(sparse):
+    with _sorted_experts(sparse), exportable(sparse):
         axes = propagate(trace(sparse, batches[0]))
-        chosen, spared = _choose(products(axes), axes.trace, ends(axes), skip, shape)
+        chosen, spared = _choose(products(axes, routed=True), axes.trace, ends(axes), skip, shape)
         if not chosen:
             why = "; ".join(f"{name}: {reason}" for name, reason in list(spared.items())[:3])
             raise UserMistake("no weight can be made sparse", why=why or "no product with a weight was found")
@@ -134,6 +135,22 @@ def sparsify(
             _say(progress, f"{name} stays dense: {reason}")
         _Walk(axes.trace, tensors_of(sparse, axes.trace), chosen, step, shape, sequential, progress).run(batches)
     return semi_structured_copy(sparse) if semi_structured else sparse
+
+
+@contextmanager
+def _sorted_experts(model: nn.Module) -> Iterator[None]:
+    """A mixture of experts as products of sorted rows with stacked matrices: each expert's inputs can be told apart."""
+    choose: Any = getattr(model, "set_experts_implementation", None)
+    before = getattr(getattr(model, "config", None), "_experts_implementation", None)
+    try:
+        choose("grouped_mm")
+    except (TypeError, ValueError):  # no such method, or no experts
+        yield
+        return
+    try:
+        yield
+    finally:
+        choose(before)
 
 
 def zeros(model: nn.Module) -> dict[str, float]:
@@ -275,25 +292,27 @@ class _Walk:
             return
         key = product.operand, product.layout
         if self.shared is None or self.shared[0] != key:
-            self.shared = key, *self._sums([self._fetch(product.operand, env) for env in envs], product)
+            self.shared = key, *self._sums(product, envs)
         _, sums, count = self.shared
         for kind, total in sums.items():
             before = self.sums[product.weight].get(kind)
             self.sums[product.weight][kind] = total if before is None else before + total
         self.counts[product.weight] += count
 
-    def _sums(self, values: Iterable[Tensor], product: Product) -> tuple[dict[type, Tensor], int]:
+    def _sums(self, product: Product, envs: Sequence[dict[str, Any]]) -> tuple[dict[type, Tensor], int]:
         sums: dict[type, Any] = defaultdict(int)
         count = 0
-        for value in values:
+        for env in envs:
+            value = self._fetch(product.operand, env)
             if not bool(value.isfinite().all()):
                 raise ModelLimit("a value in the model is not finite", at=source_line(product.node), fix="load it in float32")
-            x = product.layout.vectors(value).float()
-            count += x.shape[1]
+            stops = None if product.stops is None else self._fetch(product.stops, env).tolist()
+            parts = _parts(product, value, stops)
+            count += sum(part.shape[0] for part in parts)
             if Norms in self.wanted:
-                sums[Norms] = sums[Norms] + x.square().sum(1, dtype=torch.float64)
+                sums[Norms] = sums[Norms] + torch.stack([part.square().sum(0, dtype=torch.float64) for part in parts])
             if Moments in self.wanted:
-                sums[Moments] = sums[Moments] + (x.mT @ x).double()
+                sums[Moments] = sums[Moments] + torch.stack([(part.mT @ part).double() for part in parts])
         return dict(sums), count
 
     def _apply(self, product: Product) -> None:
@@ -308,11 +327,25 @@ class _Walk:
         facts: dict[type, Any] = {Matrix: Matrix(name, values), Pattern: self.pattern}
         sums = self.sums.get(name, {})
         if Norms in sums:
-            facts[Norms] = Norms(sums[Norms][place].sqrt().float())
+            facts[Norms] = Norms(_or_plain(sums[Norms][place].sqrt()).float())
         if Moments in sums:
-            facts[Moments] = Moments(sums[Moments][place] / self.counts[name])
+            facts[Moments] = Moments(_or_plain(sums[Moments][place] / self.counts[name]))
         made: Sparse = self.step(facts)
         return made.values
+
+
+def _parts(product: Product, value: Tensor, stops: Sequence[int] | None) -> list[Tensor]:
+    """The input vectors (positions, inputs) of each matrix in the batch, float32."""
+    if stops is None:
+        return list(product.layout.vectors(value).float())
+    return [value[start:stop].float() for start, stop in zip((0, *stops), stops, strict=False)]
+
+
+def _or_plain(statistic: Tensor) -> Tensor:
+    """A matrix that nothing reached (an expert never chosen) is judged by its weights alone."""
+    if bool(statistic.any()):
+        return statistic
+    return torch.ones_like(statistic) if statistic.ndim == 1 else torch.eye(len(statistic)).to(statistic)
 
 
 def _last_uses(graph: fx.Graph) -> Mapping[fx.Node, list[fx.Node]]:

@@ -81,17 +81,21 @@ class Convolved:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """One multiplication of an activation (``operand``) by a parameter (``weight``, by its traced name) at ``node``."""
+    """One multiplication of an activation (``operand``) by a parameter (``weight``, by its traced name) at ``node``.
+
+    Where a stack of experts reads sorted rows, ``stops`` is the node that says where each expert's rows end.
+    """
 
     node: fx.Node
     operand: fx.Node
     weight: str
     layout: Contracted | Convolved
+    stops: fx.Node | None = None
 
 
-def products(axes: Axes) -> tuple[Product, ...]:
-    """Every product with a parameter, in execution order; a shared weight appears once a use."""
-    found = [*_convolutions(axes), *_contractions(axes)]
+def products(axes: Axes, *, routed: bool = False) -> tuple[Product, ...]:
+    """Every product with a parameter, in execution order; a shared weight appears once a use. ``routed``: of experts too."""
+    found = [*_convolutions(axes), *_contractions(axes), *(_routed(axes) if routed else ())]
     place = {node: i for i, node in enumerate(axes.trace.graph.nodes)}
     return tuple(sorted(found, key=lambda product: place[product.node]))
 
@@ -127,6 +131,22 @@ def _convolutions(axes: Axes) -> list[Product]:
         traced = axes.trace.tensors[given["weight"].name]
         if traced.kind == "parameter":
             found.append(Product(node, given["input"], traced.name, _layout(given, traced.shape[2:])))
+    return found
+
+
+def _routed(axes: Axes) -> list[Product]:
+    """Products of sorted rows with a stack of matrices, each applied to its own run of rows."""
+    found = []
+    for node in axes.trace.graph.nodes:
+        if node.op != "call_function" or "grouped_mm" not in str(node.target) or len(node.args) < 3:
+            continue
+        operand, weight, stops = node.args[:3]
+        turned = False
+        while weight.op == "call_function" and "transpose" in str(weight.target):
+            weight, turned = weight.args[0], not turned
+        traced = axes.trace.tensors.get(weight.name)
+        if traced is not None and traced.kind == "parameter" and len(traced.shape) == 3:
+            found.append(Product(node, operand, traced.name, Contracted(2 if turned else 1, 1, (0,)), stops))
     return found
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from graphprune.passes.sparsegpt import inverse_factor, sparsegpt
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaModel, MixtralConfig, MixtralForCausalLM
 
 from graphprune import Calibration, Moments, Pattern, Sparse, propagate, sparsify, trace
 from graphprune.errors import ModelLimit, UserMistake
@@ -242,6 +242,37 @@ def test_a_grouped_convolution_is_sparse_group_by_group() -> None:
         weight = net[2].weight.detach()[group * 6 : (group + 1) * 6].flatten(1)  # type: ignore[union-attr, index]
         gone = lowest(weight.abs() * norm, Pattern(0.5))
         assert torch.equal(sparse[2].weight[group * 6 : (group + 1) * 6].flatten(1) == 0, gone)  # type: ignore[union-attr, index]
+
+
+def test_each_expert_is_judged_by_the_tokens_it_gets(batches: list[dict[str, Tensor]]) -> None:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=101, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        num_local_experts=4, num_experts_per_tok=2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = sharpened(MixtralForCausalLM(config))
+    before = model.config._experts_implementation
+    sparse = sparsify(model, batches, method="wanda", sequential=False)
+    assert model.config._experts_implementation == sparse.config._experts_implementation == before  # type: ignore[union-attr]
+    assert zeros(sparse)["model.layers.0.mlp.gate.weight"] == 0
+    seen: list[tuple[Tensor, Tensor]] = []
+    experts = model.model.layers[0].mlp.experts
+    hook = experts.register_forward_pre_hook(lambda _, args: seen.append((args[0].detach(), args[1].detach())))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    hook.remove()
+    x, choice = torch.cat([a for a, _ in seen]), torch.cat([b for _, b in seen])
+    made = sparse.get_submodule("model.layers.0.mlp.experts")
+    for expert in range(4):
+        mine = x[(choice == expert).any(1)]
+        weight = experts.gate_up_proj.detach()[expert]
+        gone = lowest(weight.abs() * mine.norm(dim=0), Pattern(0.5))
+        assert torch.equal(made.gate_up_proj[expert] == 0, gone)  # type: ignore[index]
+        gate, up = (mine @ weight.T).chunk(2, dim=-1)
+        inner = (nn.functional.silu(gate) * up).norm(dim=0)
+        down = experts.down_proj.detach()[expert]
+        assert torch.equal(made.down_proj[expert] == 0, lowest(down.abs() * inner, Pattern(0.5)))  # type: ignore[index]
 
 
 def test_a_weight_used_twice_is_fitted_to_both_uses() -> None:
