@@ -28,7 +28,8 @@ def main() -> None:
         print(measure(options.only, options.layers, options.hidden))
         return
     same = [sys.executable, __file__, "--layers", str(options.layers), "--hidden", str(options.hidden), "--only"]
-    plain, scoring = (float(subprocess.run([*same, what], capture_output=True, text=True, check=True).stdout) for what in ("plain", "taylor"))
+    runs = [subprocess.run([*same, what], capture_output=True, text=True, check=True) for what in ("plain", "taylor")]
+    plain, scoring = (float(run.stdout) for run in runs)
     weights = 4 * sum(p.numel() for p in model(options.layers, options.hidden).parameters()) / 2**20
     print(f"weights {weights:.0f} MiB, plain forward/backward +{plain:.0f} MiB, taylor scoring +{scoring:.0f} MiB")
     print(f"ratio {(weights + scoring) / (weights + plain):.2f} (limit 1.25)")
@@ -38,8 +39,8 @@ def model(layers: int, hidden: int) -> LlamaForCausalLM:
     """A Llama with grouped queries and random weights."""
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=8192, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 64,
-            num_key_value_heads=hidden // 128,
+            vocab_size=8192, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
+            num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128,
         )
     )  # fmt: skip
 

@@ -70,7 +70,7 @@ def measure(
     """Every figure before and after."""
     stage("perplexity before and after")
     documents = [topics[name] for name in sorted(topics)]
-    figures = [perplexity(s.model, s.tokenizer(), documents, length=512, limit=16).value for s in (dense, pruned)]
+    figures = [perplexity(s.model, s.tokenizer(), documents, length=512, limit=10).value for s in (dense, pruned)]
     stage("speed before and after, in turns")
     times = speed({"dense": dense.model, "pruned": pruned.model}, prompt=128, new_tokens=24, repeats=5)
     before, after = times["dense"], times["pruned"]
@@ -105,7 +105,7 @@ def show(console: Console, result: graphprune.Result, rows: dict, before: str, a
     console.print(f"\nA stock checkpoint is in {output}, the picture in {drawn}.")
 
 
-class bar:  # noqa: N801  reads as a verb
+class bar:
     """A progress bar over the stages."""
 
     def __init__(self, console: Console) -> None:

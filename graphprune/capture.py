@@ -82,7 +82,7 @@ def _hand_over(name: str, parameter: nn.Parameter, see: SeeGradient) -> Any:
             see(name, parameter, leaf.grad)
             leaf.grad = None
 
-    return parameter.register_post_accumulate_grad_hook(hook)
+    return parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
 
 @contextmanager

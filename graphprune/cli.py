@@ -43,9 +43,7 @@ err = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="A checkpoint directory, a GGUF file, a hub name, or file.py:factory.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The directory to write. It must not exist, or be empty.")]
-Kinds = Annotated[
-    str | None, typer.Option(help="Kinds of groups to prune, with commas: head,ffn,… (default: by architecture).")
-]
+Kinds = Annotated[str | None, typer.Option(help="Kinds of groups to prune, with commas: head,ffn,… (default: by architecture).")]
 Dtype = Annotated[str | None, typer.Option(help="Load as float32, bfloat16, … (default: as stored).")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -103,7 +101,8 @@ def compile_(
             source.model,
             None if text else _inputs(source),
             keep=keep, keep_of=keep_of, method=steps[0], kinds=_listed(kinds), scope=scope, round_to=round_to, minimum=minimum,
-            protect=protect or (), alike=alike, emit=emit, verify=verify, seed=seed, calibration=text, passes=steps[1:], progress=show,
+            protect=protect or (), alike=alike, emit=emit, verify=verify, seed=seed, calibration=text, passes=steps[1:],
+            progress=show,
         )  # fmt: skip
         show("saving")
         save(result, output, source)

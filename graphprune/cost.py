@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+
+from torch import fx
 
 from graphprune.axes import Axis, Factor
 from graphprune.propagate import Axes
@@ -43,12 +46,18 @@ def cost(axes: Axes, sizes: Sizes) -> Cost:
 def flops(axes: Axes, sizes: Sizes) -> int:
     """Two for each multiply-add of every contraction in the traced graph, at the traced batch and sequence sizes."""
     keep = {factor: range(size) for factor, size in sizes.items()}
-    inner: dict[object, int] = {}
+    summed: dict[fx.Node, list[Axis]] = defaultdict(list)
     for use in axes.uses:
-        if use.role == "contracted" and use.node not in inner:
-            inner[use.node] = use.axis.resized(keep)
-    return sum(2 * width * _elements(axes.nodes[node], keep) for node, width in inner.items())  # type: ignore[index]
+        if use.role == "contracted" and use.axis not in summed[use.node]:
+            summed[use.node].append(use.axis)
+    return sum(2 * _products(axes, node, inner, keep) for node, inner in summed.items())
 
 
-def _elements(dims: Iterable[Axis], keep: Mapping[Factor, range]) -> int:
-    return prod(axis.resized(keep) for axis in dims if isinstance(axis, Axis))
+def _products(axes: Axes, node: fx.Node, inner: Sequence[Axis], keep: Mapping[Factor, range]) -> int:
+    """Multiply-adds of one contraction. Attention is two: queries · keys over the width, then weights · values over positions."""
+    out = [axis.resized(keep) for axis in axes.nodes[node] if isinstance(axis, Axis)]
+    widths = [axis.resized(keep) for axis in inner]
+    if "scaled_dot_product" in str(node.target) and len(widths) == 2:
+        width, positions = widths
+        return prod(out[:-1]) * positions * (width + out[-1])
+    return prod(out) * prod(widths)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import networkx as nx
@@ -87,7 +88,7 @@ def _chain_to_pin(axes: Axes, name: str, dim: int, reason: Reason) -> Iterator[s
 
 
 def _reasons(graph: nx.Graph, path: list[int]) -> list[Reason]:
-    steps = [graph.edges[edge]["why"] for edge in zip(path, path[1:], strict=False)]
+    steps = [graph.edges[edge]["why"] for edge in pairwise(path)]
     return [step for place, step in enumerate(steps) if place == 0 or step != steps[place - 1]]
 
 

@@ -20,10 +20,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import prod
 
 import networkx as nx
 
-from graphprune.axes import Factor
+from graphprune.axes import Axis, Factor
 from graphprune.dependency import Join, Roles, Structure, dependency_graph
 from graphprune.explain import explain
 from graphprune.propagate import Axes
@@ -47,13 +48,17 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A coupled group: ``size`` units, each of which is a slice of every member. ``exact`` where no norm spans it."""
+    """A coupled group: ``size`` units, each of which is a slice of every member.
+
+    ``exact`` where no norm spans it; ``least`` is how many units must stay for the model to run.
+    """
 
     name: str
     kind: str
     factor: Factor
     members: tuple[Member, ...]
     exact: bool
+    least: int = 1
 
     @property
     def size(self) -> int:
@@ -117,7 +122,7 @@ def couple(axes: Axes) -> Groups:
     live = [factor for factor in free if factor in summed]
     ordered = sorted(live, key=lambda factor: (min(m.order for m in members[factor]), factor.id))
     names = _names(ordered, members, kinds)
-    groups = tuple(Group(names[f], kinds[f], f, members[f], f not in axes.renormalised) for f in ordered)
+    groups = tuple(Group(names[f], kinds[f], f, members[f], f not in axes.renormalised, axes.least.get(f, 1)) for f in ordered)
     frozen = tuple(Frozen(f, members[f], axes.pins[f][0]) for f in sorted(named - free, key=lambda f: f.id))
     unused = Reason("no traced operation sums over it")
     idle = tuple(Frozen(f, members[f], unused) for f in sorted(free - set(live), key=lambda f: f.id))
@@ -138,9 +143,7 @@ def _members(axes: Axes, roles: Roles) -> Mapping[Factor, tuple[Member, ...]]:
 # ── kinds ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _kinds(
-    axes: Axes, graph: nx.MultiDiGraph, roles: Roles, members: Mapping[Factor, tuple[Member, ...]]
-) -> dict[Factor, str]:
+def _kinds(axes: Axes, graph: nx.MultiDiGraph, roles: Roles, members: Mapping[Factor, tuple[Member, ...]]) -> dict[Factor, str]:
     joint: dict[Factor, set[str]] = defaultdict(set)
     space: dict[Factor, Counter[bool]] = defaultdict(Counter)
     for use in axes.uses:
@@ -166,21 +169,32 @@ def _kind(factor: Factor, joint: set[str], heads: Mapping[Factor, bool], space: 
         return "qk_width"
     if "free" in joint:
         return "value_width"
-    if space[True] > space[False]:
+    if space[True] and space[True] >= space[False]:
         return "channel"
     return "hidden" if shared else "ffn"
 
 
 def _covers(axes: Axes, factors: set[Factor]) -> dict[Factor, bool]:
-    """Of the head factors that share an axis, those that lie on every tensor the others lie on are the KV heads."""
-    lies_on: dict[Factor, set[str]] = defaultdict(set)
+    """Of the head factors that share an axis, those that lie on most indices, on keys as well as queries, are the KV heads."""
+    reach: Counter[Factor] = Counter()
     together: dict[Factor, set[Factor]] = defaultdict(set)
-    for name, dims in axes.tensors.items():
+    for dims in axes.tensors.values():
         for axis in dims:
             for factor in axis.factors & factors:
-                lies_on[factor].add(name)
+                reach[factor] += _reach(axis, factor)
                 together[factor] |= axis.factors & factors
-    return {factor: all(lies_on[factor] >= lies_on[other] for other in together[factor]) for factor in lies_on}
+    return {factor: all(reach[factor] >= reach[other] for other in together[factor]) for factor in reach}
+
+
+def _reach(axis: Axis, factor: Factor) -> int:
+    """On how many indices of ``axis`` a factor lies."""
+    return sum(_share(product, factor) for product in axis.segments)
+
+
+def _share(product: tuple[Factor | Axis, ...], factor: Factor) -> int:
+    sizes = prod(item.size for item in product)
+    shares = (_reach(item, factor) / item.size for item in product if isinstance(item, Axis))
+    return sizes if factor in product else round(sizes * max(shares, default=0.0))
 
 
 def _is_convolution(target: object) -> bool:
@@ -190,9 +204,7 @@ def _is_convolution(target: object) -> bool:
 # ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _names(
-    factors: list[Factor], members: Mapping[Factor, tuple[Member, ...]], kinds: Mapping[Factor, str]
-) -> dict[Factor, str]:
+def _names(factors: list[Factor], members: Mapping[Factor, tuple[Member, ...]], kinds: Mapping[Factor, str]) -> dict[Factor, str]:
     """``module of the first producer:kind``, numbered where that is taken; stable across checkpoints of one architecture."""
     names: dict[Factor, str] = {}
     taken: Counter[str] = Counter()

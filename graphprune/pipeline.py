@@ -109,7 +109,7 @@ def _settings(parts: Sequence[str]) -> dict[str, str]:
     for part in parts:
         if "=" not in part:
             raise UserMistake(f"{part!r} is no option", fix="write name:option=value")
-    return dict(part.split("=", 1) for part in parts)  # type: ignore[misc]
+    return dict(part.split("=", 1) for part in parts)
 
 
 def _from_library(name: str) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -153,9 +153,7 @@ class Ledger:
 
 def sizes_of(levers: Iterable[Lever], depths: Iterable[int]) -> dict[Factor, int]:
     """How many units each factor keeps."""
-    return {
-        group.factor: lever.kept(depth) for lever, depth in zip(levers, depths, strict=True) if depth for group in lever.groups
-    }
+    return {group.factor: lever.kept(depth) for lever, depth in zip(levers, depths, strict=True) if depth for group in lever.groups}
 
 
 # ── levers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -282,5 +280,5 @@ def _cuts(lever: Lever, depth: int, scores: Scores) -> Iterator[Cut]:
 
 
 def _options(budget: Budget) -> dict[str, Any]:
-    found = {name: getattr(budget, name) for name in ("keep", "keep_of", "scope", "kinds", "protect", "round_to", "minimum", "alike")}
+    found = {setting.name: getattr(budget, setting.name) for setting in fields(budget)}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}

@@ -36,6 +36,8 @@ from transformers.utils.quantization_config import GgufConfig
 
 from graphprune.data import ordinary_ids
 from graphprune.errors import ModelLimit, UserMistake, first_line, nearest
+from graphprune.repeat import Repeats
+from graphprune.trace import exportable
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -516,7 +518,7 @@ def _refusal(model: nn.Module, inputs: Mapping[str, Tensor]) -> Exception | None
         fed = {name: torch.empty_like(value) for name, value in inputs.items()}
     shadow = copy.deepcopy(model, weightless)
     try:
-        with mode, torch.no_grad(), _unlogged(FAKE_LOG):
+        with mode, torch.no_grad(), _unlogged(FAKE_LOG), exportable(shadow), Repeats(shadow, marked=False).watching():
             shadow(**fed)
     except (DataDependentOutputException, DynamicOutputShapeException):
         return None

@@ -198,9 +198,7 @@ def _export_failure(model: nn.Module, error: Exception) -> ModelLimit:
     torch_home = str(Path(torch.__file__).parent)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((torch_home, __file__))]
     where = f"{frames[-1].filename}:{frames[-1].lineno}   {frames[-1].line}" if frames else None
-    return ModelLimit(
-        f"{type(model).__name__} cannot be exported", at=where, why=f"{type(error).__name__}: {first_line(error)}"
-    )
+    return ModelLimit(f"{type(model).__name__} cannot be exported", at=where, why=f"{type(error).__name__}: {first_line(error)}")
 
 
 # ── naming tensors ───────────────────────────────────────────────────────────────────────────────────────────────────

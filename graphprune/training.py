@@ -121,9 +121,7 @@ def shrink(optimizer: Optimizer, model: nn.Module, result: Result) -> None:
     optimizer.state.update({fresh[names[parameter]]: state for parameter, state in states.items()})
 
 
-def _cut_state(
-    state: Mapping[str, Any], parameter: Tensor, axes: tuple[Axis, ...] | None, keep: Keep, name: str
-) -> dict[str, Any]:
+def _cut_state(state: Mapping[str, Any], parameter: Tensor, axes: tuple[Axis, ...] | None, keep: Keep, name: str) -> dict[str, Any]:
     if axes is None:
         return dict(state)
     found = {}
@@ -214,5 +212,3 @@ class Successive:
             raise UserMistake("nothing was pruned", fix="keep less than 1")
         options = {**self.plan.options, "keep": self.left / self.whole}
         return replace(self.last, plan=replace(self.plan, options=options), groups=self.first.groups)
-
-

@@ -4,7 +4,7 @@ The type reads like einops: ``a b c, d c, d -> a b d`` gives every dimension of 
 same letter is the same factor; ``b*c`` is nested, ``b+c`` concatenated, ``b~`` renormalised; a number is frozen at that size.
 """
 
-# ruff: noqa: E501  a row is a line
+
 # fmt: off
 
 from __future__ import annotations

@@ -323,7 +323,7 @@ def test_nothing_accepted() -> None:
 
 def test_user_mistakes() -> None:
     original = build_meta(hf.LlamaForCausalLM, hf.LlamaConfig(**GQA))
-    with pytest.raises(UserMistake, match="did you mean lm_head.weight"):
+    with pytest.raises(UserMistake, match=r"did you mean lm_head.weight"):
         fit(original, {"lm_head.weigth": (128, 64)}, {})
     with pytest.raises(UserMistake, match="dimensions"):
         fit(original, {"lm_head.weight": (128,)}, {})

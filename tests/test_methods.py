@@ -15,12 +15,13 @@ from graphprune.passes.flap import flap
 from graphprune.passes.llm_pruner import llm_pruner
 from graphprune.passes.minitron import minitron
 from graphprune.passes.protect_ends import protect_ends
+from graphprune.passes.sensitivity import sensitivity
 from graphprune.passes.taylor import taylor
 from graphprune.passes.wanda_sp import wanda_sp
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from graphprune import Budget, Calibration, Groups, couple, propagate, trace
+from graphprune import Budget, Calibration, Groups, Scores, couple, language_loss, propagate, select, trace
 from graphprune.errors import ModelLimit, UserMistake
 
 KV, REP, WIDTH, FFN, LAYERS = 2, 2, 6, 20, 2
@@ -288,3 +289,36 @@ def test_ends_are_found_by_name(llama: nn.Module, groups: Groups) -> None:
 def test_unknown_options_are_mistakes(llama: nn.Module, groups: Groups, calibration: Calibration, options: dict[str, str]) -> None:
     with pytest.raises(UserMistake, match="knows no"):
         llm_pruner(llama, groups, calibration, **options)  # type: ignore[arg-type]
+
+
+def test_sensitivity_measures_the_loss(llama: nn.Module, groups: Groups, calibration: Calibration) -> None:
+    """Scores add up to the loss that masking by hand gives, at the shares that were tried; the order within a group stays."""
+    plain = wanda_sp(llama, groups, calibration)
+    found = sensitivity(llama, groups, calibration, plain, shares="0.25,0.5", samples=4)
+
+    def loss() -> float:
+        with torch.no_grad():
+            return sum(float(language_loss(llama, inputs)) for inputs in calibration.inputs[:2]) / 2
+
+    whole = loss()
+    for layer, (down, _) in enumerate(last_two(llama)):
+        order = plain[ffn(layer)].argsort()
+        assert torch.equal(found[ffn(layer)].argsort(), order)
+        mask = torch.ones(FFN, dtype=torch.float64)
+        mask[order[: FFN // 4]] = 0
+        hook = llama.get_submodule(down).register_forward_pre_hook(lambda _, args, m=mask: args[0] * m)
+        rise = loss() - whole
+        hook.remove()
+        torch.testing.assert_close(float(found[ffn(layer)][order[: FFN // 4]].sum()), max(rise, 0.0), rtol=1e-6, atol=1e-6)
+    with pytest.raises(UserMistake, match="ascending"):
+        sensitivity(llama, groups, calibration, plain, shares="0.5,0.25")
+
+
+def test_rank_cuts_the_lowest_scores_wherever_they_are(groups: Groups) -> None:
+    scores = Scores({g.name: torch.arange(g.size, dtype=torch.float64) - 5 * i for i, g in enumerate(groups)}, "given")
+    inner = Groups(groups.axes, tuple(g for g in groups if g.kind == "ffn"), groups.frozen, groups.graph)
+    plan = select(inner, scores, Budget(0.7, scope="rank"))
+    kept = {cut.group: cut.kept for cut in plan.cuts}
+    removed = [float(scores[g.name][u]) for g in inner for u in range(g.size) if g.name in kept and u not in kept[g.name]]
+    stay = [float(scores[g.name][u]) for g in inner for u in range(g.size) if g.name not in kept or u in kept[g.name]]
+    assert len(removed) in (12, 13) and max(removed) <= min(stay)

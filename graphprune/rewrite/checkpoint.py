@@ -177,7 +177,7 @@ def _load_differing(cls: type[PreTrainedModel], path: Path, record: dict[str, An
         cls.__init__(self, config, *args, **kwargs)
         reshaped.reshape(self, record)
 
-    differing = type(cls.__name__, (cls,), {"__init__": build, "__module__": cls.__module__})
+    differing: Any = type(cls.__name__, (cls,), {"__init__": build, "__module__": cls.__module__})
     loaded = differing.from_pretrained(path, config=AutoConfig.from_pretrained(path, trust_remote_code=False))
     loaded.__class__ = cls
     return loaded  # type: ignore[no-any-return]
@@ -207,5 +207,3 @@ def _class(dotted: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
         return None
-
-

@@ -170,7 +170,7 @@ class Blueprint:
             try:
                 config = self._reload(changes) if through_file else self.config(changes)
                 self._memo[key] = self._difference(_sizes(build_meta(self.cls, config)))
-            except Exception as error:  # a constructor may raise anything; its words are kept
+            except Exception as error:  # noqa: BLE001  a constructor may raise anything; its words are kept
                 self._memo[key], self.refusals[key] = None, _last_line(error)
         return self._memo[key]
 
@@ -361,9 +361,7 @@ def _slopes(blueprint: Blueprint, path: Path, value: float, bases: Sequence[Chan
             response = blueprint.response({**base, path: new})
             if response is not None:
                 known = {dim: size for dim, size in response.items() if dim in blueprint.sizes or dim[1] < 0}
-                found = {
-                    dim: (size - blueprint.sizes.get(dim, 0)) / (new - value) for dim, size in known.items()
-                } | found
+                found = {dim: (size - blueprint.sizes.get(dim, 0)) / (new - value) for dim, size in known.items()} | found
                 break
     return found
 

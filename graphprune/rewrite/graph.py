@@ -169,6 +169,3 @@ def _attach(root: nn.Module, name: str, tensor: Tensor, trainable: bool) -> None
 def emit_graph(axes: Axes, tensors: Mapping[str, Tensor], keep: Keep) -> PrunedGraph:
     """The smaller model as a graph module that takes what the original takes. ``torch.export`` saves it as ``.pt2``."""
     return PrunedGraph(axes.trace, resized_graph(axes, keep), cut_all(axes, tensors, keep))
-
-
-

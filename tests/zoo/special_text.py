@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from tests.zoo.special import Special, sized, some_tokens, some_values
+from tests.zoo.special import Special, sized, some_tokens
+from tests.zoo.special_audio import AUDIO
 
 # Fragments that several types share.
 GEMMA3N = {
@@ -180,7 +181,6 @@ def both_masked(model: Any) -> dict[str, Any]:
     return masked(model) | {"decoder_attention_mask": torch.ones(5, 11, dtype=torch.long)}
 
 
-VOICE = {"num_filters": 4, "hidden_size": 12, "downsampling_ratios": [2, 2], "depths": [1, 2, 1]}
 SPEECHLM = {
     "audio_config": {
         "asr_config": {"subsampling_conv_channels": 8},
@@ -195,6 +195,5 @@ SEQ2SEQ: dict[str, Special] = {
     "nemo_speechlm": sized(**SPEECHLM),
     "nllb-moe": sized(encoder_sparse_step=2, decoder_sparse_step=2),
     "switch_transformers": Special({"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}, masked),
-    "vibevoice_asr": sized(acoustic_tokenizer_encoder_config=VOICE, semantic_tokenizer_encoder_config=VOICE),
-    "voxtral_realtime": Special(inputs=lambda model: {"input_features": some_values(5, 24, 104)}),
+    **{name: AUDIO[name] for name in ("granite_speech", "granite_speech_plus", "vibevoice_asr", "voxtral", "voxtral_realtime")},
 }

@@ -75,7 +75,7 @@ def report(pipe: Connection, model_type: str, family: str, export: bool) -> None
     try:
         for outcome in stages(model_type, family, export):
             pipe.send(outcome)
-    except BaseException as error:  # noqa: BLE001  whatever a model throws is its outcome
+    except BaseException as error:
         pipe.send({"error": f"{type(error).__name__}: {error}"[:2000], "trace": traceback.format_exc()[-4000:]})
     pipe.close()
 
@@ -102,11 +102,12 @@ def stages(model_type: str, family: str, export: bool) -> Any:
 
 
 def unused(program: torch.export.ExportedProgram) -> float:
-    """The share of the parameters that the outputs do not depend on, judged by the graph."""
-    idle = {node.name for node in program.graph.nodes if node.op == "placeholder" and not node.users}
-    names = program.graph_signature.inputs_to_parameters
-    sizes = {node: program.state_dict[name].numel() for node, name in names.items()}
-    return sum(size for node, size in sizes.items() if node in idle) / max(1, sum(sizes.values()))
+    """The share of the parameters that the outputs do not depend on, judged by the graph; tied ones are one."""
+    used = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
+    weights = {node: program.state_dict[name] for node, name in program.graph_signature.inputs_to_parameters.items()}
+    every = {weight.data_ptr(): weight.numel() for weight in weights.values()}
+    alive = {weight.data_ptr(): weight.numel() for node, weight in weights.items() if node in used}
+    return 1 - sum(alive.values()) / max(1, sum(every.values()))
 
 
 @torch.no_grad()
