@@ -176,7 +176,7 @@ def _lever(groups: tuple[Group, ...], scores: Scores, budget: Budget) -> Lever:
     values = torch.stack([values for values, _ in sorts]).sum(0)
     kind, step = groups[0].kind, for_kind(budget.round_to, groups[0].kind)
     step = step if step < groups[0].size else 1
-    floor = max(1, for_kind(budget.minimum, kind))
+    floor = max(1, for_kind(budget.minimum, kind), *(group.least for group in groups))
     return Lever(groups, tuple(order for _, order in sorts), values, step, floor)
 
 
