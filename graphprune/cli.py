@@ -22,10 +22,12 @@ from graphprune.data import Calibration, calibrate, read_texts
 from graphprune.errors import GraphpruneError, UserMistake, nearest
 from graphprune.evaluate import perplexity, published
 from graphprune.groups import Groups, couple
-from graphprune.output import save
+from graphprune.masks import sparsify, zeros
+from graphprune.output import save, save_model
 from graphprune.pipeline import find_pass
 from graphprune.plan import load_plan
 from graphprune.propagate import propagate
+from graphprune.recover import recover
 from graphprune.replay import replay
 from graphprune.report import Amount, before_after, removals, strips
 from graphprune.rewrite.checkpoint import check_free
@@ -150,6 +152,70 @@ def apply(
         show("saving")
         save(result, output, source)
     _show(result, output)
+
+
+@app.command("sparsify")
+def sparsify_(
+    model: Model,
+    output: Output,
+    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt or a pass of yours.")] = "wanda",
+    sparsity: Annotated[float | None, typer.Option(help="Share of zeros (default 0.5).")] = None,
+    pattern: Annotated[str | None, typer.Option(help="Keep n of every m inputs: 2:4, 4:8, …")] = None,
+    calibration: Annotated[str, typer.Option(help="self, a text file, .jsonl[:field], or a datasets name.")] = "self",
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens of each.")] = 128,
+    seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 0,
+    dtype: Dtype = None,
+    debug: Debug = False,
+) -> None:
+    """Write zeros into the weights of MODEL and keep its shapes."""
+    check_free(output)
+    with _progress() as show:
+        show("opening")
+        source = open_source(model, dtype=_dtype(dtype))
+        show("calibration text")
+        text = None if method == "magnitude" else calibrate(calibration, source, samples=samples, length=length, seed=seed)
+        sparse = sparsify(
+            source.model, text, method=method, sparsity=sparsity, pattern=pattern, example_inputs=_inputs(source), progress=show
+        )
+        show("saving")
+        save_model(sparse, output, source)
+    shares = zeros(sparse).values()
+    out.print(f"{output}: {len(shares)} tensors, {sum(share > 0 for share in shares)} of them sparse", highlight=False)
+
+
+@app.command("recover")
+def recover_(
+    model: Model,
+    output: Output,
+    data: Annotated[str, typer.Option(help="Text to learn from: a text file, .jsonl[:field], or a datasets name.")],
+    teacher: Annotated[str | None, typer.Option(help="The unpruned model, to learn its predictions too.")] = None,
+    preset: Annotated[str, typer.Option(help="llm-pruner (LoRA, the published recipe) or ten-minutes.")] = "llm-pruner",
+    minutes: Annotated[float | None, typer.Option(help="Stop after this long.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 0,
+    dtype: Dtype = None,
+    debug: Debug = False,
+) -> None:
+    """Train a pruned MODEL back towards what it was and write a plain checkpoint."""
+    check_free(output)
+    with _progress() as show:
+        show("opening")
+        source = open_source(model, dtype=_dtype(dtype))
+        tutor = open_source(teacher, dtype=_dtype(dtype)).model if teacher else None
+        limits = {"minutes": minutes} if minutes else {}
+        trained = recover(
+            source.model,
+            read_texts(data),
+            teacher=tutor,
+            tokenizer=source.tokenizer(),
+            preset=preset,
+            seed=seed,
+            progress=show,
+            **limits,
+        )
+        show("saving")
+        save_model(trained, output, source)
+    out.print(f"{output}: trained, a checkpoint like {model}", highlight=False)
 
 
 @app.command("eval")

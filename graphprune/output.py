@@ -35,6 +35,16 @@ def save(result: Result, out: str | Path, source: Source | None = None) -> Path:
     return Path(out)
 
 
+def save_model(model: nn.Module, out: str | Path, source: Source) -> Path:
+    """Write a transformers model of unchanged shape (made sparse, trained further) with its tokenizer; complete or not at all."""
+    if not isinstance(model, PreTrainedModel):
+        raise UserMistake(f"{type(model).__name__} is no transformers model", fix="save its state_dict from Python")
+    with complete_or_nothing(out) as folder, quiet():
+        model.save_pretrained(folder)
+        _copy_tokenizer(source, folder)
+    return Path(out)
+
+
 def _write(result: Result, folder: Path) -> None:
     model, original = result.model, result.facts[nn.Module]
     if isinstance(model, PrunedGraph):
