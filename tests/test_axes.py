@@ -306,7 +306,7 @@ def adversaries() -> Iterator[tuple[Callable[[Program, int], None], int, int]]:
     yield from ((coprime, one * other, one) for one, other in ((7, 13), (64, 81), (31, 1024), (6, 4)))
 
 
-@pytest.mark.parametrize(("attack", "size", "number"), adversaries(), ids=str)
+@pytest.mark.parametrize(("attack", "size", "number"), adversaries(), ids=lambda value: getattr(value, "__name__", str(value)))
 def test_adversarial_layouts_cost_little(attack: Callable[[Program, int], None], size: int, number: int) -> None:
     """Either the layouts agree, or all of the axis is pinned with a reason; and the solver did not work itself to death."""
     program = Program([size])
