@@ -204,15 +204,9 @@ def recover_(
         tutor = open_source(teacher, dtype=_dtype(dtype)).model if teacher else None
         limits = {"minutes": minutes} if minutes else {}
         trained = recover(
-            source.model,
-            read_texts(data),
-            teacher=tutor,
-            tokenizer=source.tokenizer(),
-            preset=preset,
-            seed=seed,
-            progress=show,
-            **limits,
-        )
+            source.model, read_texts(data), teacher=tutor, tokenizer=source.tokenizer(), preset=preset, seed=seed,
+            progress=show, **limits,
+        )  # fmt: skip
         show("saving")
         save_model(trained, output, source)
     out.print(f"{output}: trained, a checkpoint like {model}", highlight=False)
