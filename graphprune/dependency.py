@@ -97,18 +97,24 @@ class _Flow:
         for operand in operands:
             if operand in self.weights:
                 self.order.setdefault(self.weights[operand], len(self.order))
-        if node not in self.axes.activations and len(own := [self.weights[o] for o in operands if o in self.weights]) == 1:
+        if node not in self.axes.activations and len(own := self._weights(node)) == 1:
             self.weights[node] = own[0]
         produced = self._contract(node)
         outgoing = {factor for _, axis in self._dims(node) for factor in axis.factors & self.factors}
-        self.last[node] = {f: produced.get(f) or self._flow(node, operands, f) for f in outgoing if self._arrives(operands, f)}
+        self.last[node] = {f: self._flow(node, operands, f, produced.get(f)) for f in outgoing if self._arrives(operands, f)}
+
+    def _weights(self, node: fx.Node) -> list[str]:
+        """The weights that ``node`` rearranges; of several, those it leaves in shape, as a weight norm does."""
+        own = [operand for operand in node.all_input_nodes if operand in self.weights]
+        same = [operand for operand in own if self.axes.nodes[operand] == self.axes.nodes.get(node)]
+        return [self.weights[operand] for operand in (own if len(own) == 1 else same)]
 
     def _arrives(self, operands: Iterable[fx.Node], factor: Factor) -> bool:
         return any(factor in self.last.get(operand, {}) for operand in operands)
 
-    def _contract(self, node: fx.Node) -> dict[Factor, Vertex]:
+    def _contract(self, node: fx.Node) -> dict[Factor, Structure]:
         """Record what this contraction consumes and produces; returns, for each produced factor, its structure."""
-        produced: dict[Factor, Vertex] = {}
+        produced: dict[Factor, Structure] = {}
         for use in self.uses[node]:
             name = self.weights.get(use.operand)
             for factor in use.axis.factors & self.factors:
@@ -137,19 +143,21 @@ class _Flow:
             self.graph.add_node(structure)
 
     def _consumed(self, node: fx.Node, use: ResolvedUse, factor: Factor) -> None:
-        """An activation's factor ends here: in the weight that contracts it, or in a join of activations."""
+        """An activation's factor ends here: in the weight that contracts it, in a join of activations, or in a sum over it."""
         source = self.last.get(use.operand, {}).get(factor)
         partners = [other for other in self.uses[node] if other.operand in self.weights and factor in other.axis.factors]
         for partner in partners:
             self._edge(source, self._structure(self.weights[partner.operand], partner, factor), factor)
         if not partners:
-            self._edge(source, Join(node, multiplicative=True), factor)
+            self._edge(source, Join(node, multiplicative=use.joint), factor)
 
-    def _flow(self, node: fx.Node, operands: Iterable[fx.Node], factor: Factor) -> Vertex:
-        """The vertex a factor leaves ``node`` from: a carrier's structure, a join, or wherever it came from."""
+    def _flow(self, node: fx.Node, operands: Iterable[fx.Node], factor: Factor, producer: Structure | None) -> Vertex:
+        """The vertex a factor leaves ``node`` from: a producer's or carrier's structure, a join, or wherever it came from."""
         arriving = {operand: self.last[operand][factor] for operand in operands if factor in self.last.get(operand, {})}
         flows = list(dict.fromkeys(vertex for operand, vertex in arriving.items() if operand not in self.weights))
         carriers = list(dict.fromkeys(vertex for operand, vertex in arriving.items() if operand in self.weights))
+        if producer is not None:
+            flows, carriers = [producer], [v for v in carriers if isinstance(v, Structure) and v.name != producer.name]
         if not flows:
             flows, carriers = carriers[:1], carriers[1:]
         head = flows[0] if len(flows) == 1 else self._join(node, flows, factor)

@@ -10,7 +10,7 @@ value_width left free by a product of activations: what attention carries
 expert      units ranked against each other to choose who computes
 hidden      normalised over, or written by several layers: the width of a residual stream
 ffn         written by one linear map and read by the next
-channel     the same, by convolutions
+channel     written by convolutions, at least as often as by linear maps
 ========== ==========================================================================================
 """
 
@@ -145,22 +145,22 @@ def _members(axes: Axes, roles: Roles) -> Mapping[Factor, tuple[Member, ...]]:
 
 def _kinds(axes: Axes, graph: nx.MultiDiGraph, roles: Roles, members: Mapping[Factor, tuple[Member, ...]]) -> dict[Factor, str]:
     joint: dict[Factor, set[str]] = defaultdict(set)
-    space: dict[Factor, Counter[bool]] = defaultdict(Counter)
+    written: dict[Factor, Counter[bool]] = defaultdict(Counter)
     for use in axes.uses:
         for factor in use.axis.factors:
             if use.joint or use.role == "ranked":
                 joint[factor].add(use.role)
-            elif use.operand.op == "placeholder":
-                space[factor][_is_convolution(use.node.target)] += 1
+            elif use.role == "free" and use.operand not in axes.activations:
+                written[factor][_is_convolution(use.node.target)] += 1
     added = {key for _, target, key in graph.edges(keys=True) if isinstance(target, Join) and not target.multiplicative}
     heads = _covers(axes, {factor for factor, found in joint.items() if "batch" in found})
     return {
-        factor: _kind(factor, joint[factor], heads, space[factor], factor in added or factor in axes.renormalised)
+        factor: _kind(factor, joint[factor], heads, written[factor], factor in added or factor in axes.renormalised)
         for factor in members
     }
 
 
-def _kind(factor: Factor, joint: set[str], heads: Mapping[Factor, bool], space: Counter[bool], shared: bool) -> str:
+def _kind(factor: Factor, joint: set[str], heads: Mapping[Factor, bool], written: Counter[bool], shared: bool) -> str:
     if "ranked" in joint:
         return "expert"
     if factor in heads:
@@ -169,7 +169,7 @@ def _kind(factor: Factor, joint: set[str], heads: Mapping[Factor, bool], space: 
         return "qk_width"
     if "free" in joint:
         return "value_width"
-    if space[True] and space[True] >= space[False]:
+    if written[True] and written[True] >= written[False]:
         return "channel"
     return "hidden" if shared else "ffn"
 

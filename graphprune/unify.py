@@ -83,7 +83,7 @@ class Solver:
         """Freeze every factor of ``axis``."""
         for leaf in leaves(axis):
             if not leaf.pins:
-                self.pinned[id(why)] = (leaf, why)
+                self.pinned.setdefault(id(why), (leaf, why))
             leaf.pins.append(why)
 
     def renormalise(self, axis: Expression, why: Reason) -> None:

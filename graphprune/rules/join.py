@@ -26,7 +26,7 @@ def _joined(op: Op, dim: int) -> Typed:
     parts = [Typed((ONE,) * (len(op.shape) - len(part.axes)) + part.axes) for part in op["tensors"] if part.axes != ((),)]
     whole = tuple(segment for part in parts for segment in part.axes[dim])
     if all(op.frozen(part.axes[dim]) for part in parts):
-        whole = op.pinned(op.shape[dim], "concatenation of frozen axes")
+        whole = op.still(op.shape[dim], *(part.axes[dim] for part in parts))
     rows = [Typed((*part.axes[:dim], *part.axes[dim + 1 :])) for part in parts]
     others = op.broadcast(rows, (*op.shape[:dim], *op.shape[dim + 1 :]))
     return Typed((*others[:dim], whole, *others[dim:]))
@@ -52,7 +52,7 @@ def split(op: Op) -> tuple[Typed, ...]:
 
 def _segments(op: Op, axis: Expression, sizes: Sequence[int]) -> list[Expression]:
     if op.frozen(axis):
-        return [op.pinned(size, "part of a frozen axis") for size in sizes]
+        return [op.still(size, axis) for size in sizes]
     parts = []
     for size in sizes:
         part, axis = op.cut(axis, size)
@@ -72,7 +72,7 @@ def slice_(op: Op) -> Typed:
         _positions(op, axis, axis)
         return Typed(tuple(axes), op["self"].values)
     if op.frozen(axis):
-        axes[dim] = op.pinned(size, "part of a frozen axis")
+        axes[dim] = op.still(size, axis)
     elif step > 1:
         axes[dim] = _strided(op, axis, start, step, size)
     else:
@@ -98,18 +98,29 @@ def _from_front(position: int, size: int) -> int:
 def _strided(op: Op, axis: Expression, start: int, step: int, size: int) -> Expression:
     if op.length(axis) != size * step:
         op.pin(axis, f"sliced in steps of {step}")
-        return op.pinned(size, "part of a frozen axis")
+        return op.still(size, axis)
     (group,) = op.fresh((size,))
     op.equal(axis, op.product(group, op.pinned(step, f"sliced in steps of {step}")))
     op.constant("start", start)
     return group
 
 
-@rule(aten.select, aten.unbind)
-def select(op: Op) -> Typed | tuple[Typed, ...]:
-    """One position, or each, by its number: that axis is frozen."""
+@rule(aten.select)
+def select(op: Op) -> Typed:
+    """One position by its number: it stays, those before and after it may go."""
     source = op["self"]
     dim = op.dim("dim", len(source.axes))
-    op.pin(source.axes[dim], "indexed by a constant")
-    out = Typed((*source.axes[:dim], *source.axes[dim + 1 :]), source.values)
-    return tuple(out for _ in op.shapes) if op.name == "unbind" else out
+    axis = source.axes[dim]
+    if not op.frozen(axis):
+        op.cut(op.cut(axis, _from_front(op["index"], op.length(axis)))[1], 1)
+        op.position("index", axis)
+    return Typed((*source.axes[:dim], *source.axes[dim + 1 :]), source.values)
+
+
+@rule(aten.unbind)
+def unbind(op: Op) -> tuple[Typed, ...]:
+    """Every position by its number: that axis is frozen."""
+    source = op["self"]
+    dim = op.dim("dim", len(source.axes))
+    op.pin(source.axes[dim], "taken apart")
+    return tuple(Typed((*source.axes[:dim], *source.axes[dim + 1 :]), source.values) for _ in op.shapes)

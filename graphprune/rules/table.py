@@ -125,6 +125,13 @@ class Op:
         self.pin(axis, what)
         return axis
 
+    def still(self, size: int, *axes: Expression) -> Expression:
+        """A new axis that cannot shrink because frozen ``axes`` cannot, for their reason."""
+        axis = self.solver.fresh(size)
+        reasons = [leaf.pins[0] for other in axes for leaf in leaves(other)]
+        self.solver.pin(axis, reasons[0] if reasons else Reason("it is one position", self.node))
+        return axis
+
     def pin(self, axis: Expression, what: str) -> None:
         """``axis`` cannot shrink, because of ``what`` this op does."""
         self.solver.pin(axis, Reason(what, self.node))
