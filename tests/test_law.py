@@ -23,10 +23,10 @@ from graphprune.axes import Axis, Factor, Keep
 from graphprune.execute import execute, tensors_of
 from graphprune.propagate import Axes, propagate
 from graphprune.rewrite.graph import cut, cut_all, resized_graph
-from graphprune.rules import RULES, find_rule, table
+from graphprune.rules import RULES, find_rule, is_in_place, table
 from graphprune.trace import trace
 from graphprune.verify import masks
-from tests.cases import CASES, Case
+from tests.cases import CASES, Case, Operand
 
 SEEDS = 2
 RULE_FILES = str(Path(table.__file__).parent)
@@ -236,3 +236,59 @@ def test_every_rule_has_a_case() -> None:
     traces = [row_of(case).axes.trace for case in CASES]
     used = {find_rule(node.target) for each in traces for node in each.graph.nodes if node.op == "call_function"}
     assert [name for name, function in RULES.items() if function not in used] == []
+
+
+# ── operations that are pointwise by torch's word ────────────────────────────────────────────────────────────────────
+
+
+def tagged() -> list[torch._ops.OpOverload]:
+    """Every operation that falls to the default rule because torch tags it as pointwise."""
+    packets = [getattr(torch.ops.aten, name) for name in dir(torch.ops.aten)]
+    overloads = [getattr(packet, name) for packet in packets if hasattr(packet, "overloads") for name in packet.overloads()]
+    plain = [op for op in overloads if not any(argument.is_out for argument in op._schema.arguments) and not is_in_place(op)]
+    return [op for op in plain if torch.Tag.pointwise in op.tags and op._schema.name not in RULES]
+
+
+def operands_of(op: torch._ops.OpOverload, kind: str) -> list[Any] | None:
+    """A matrix for the first tensor, a column for the next, a row for the last; None where a required argument is anything else."""
+    shapes = iter(((4, 5, 6), (5, 1), (6,)))
+    given: list[Any] = []
+    for argument in op._schema.arguments:
+        if argument.has_default_value():
+            break
+        if str(argument.type) not in ("Tensor", "number"):
+            return None
+        given.append(Operand(next(shapes), kind, below=4).draw() if str(argument.type) == "Tensor" else 2)
+    return given
+
+
+def outputs(op: torch._ops.OpOverload, operands: list[Any]) -> list[Tensor]:
+    return _leaves(op(*(o.clone() if isinstance(o, Tensor) else o for o in operands)))
+
+
+def is_elementwise(op: torch._ops.OpOverload, operands: list[Any]) -> bool:
+    """Whether cutting the operands cuts every output, along each dimension."""
+    whole = outputs(op, operands)
+    for dim in (-1, -2, -3):
+        kept = torch.tensor([1, 3])
+        cuts = [o.index_select(dim, kept) if isinstance(o, Tensor) and o.ndim >= -dim and o.shape[dim] > 1 else o for o in operands]
+        for small, value in zip(outputs(op, cuts), whole, strict=True):
+            if not torch.allclose(small, value.index_select(dim, kept), equal_nan=True):
+                return False
+    return True
+
+
+def test_what_torch_calls_pointwise_is_elementwise() -> None:
+    seen, wrong = set(), []
+    for op in tagged():
+        for kind in ("positive", "integer", "truth"):
+            operands = operands_of(op, kind)
+            try:
+                whole = outputs(op, operands) if operands else []
+            except (RuntimeError, NotImplementedError):
+                continue
+            if whole:
+                seen.add(op._schema.name)
+                wrong += [str(op)] if not is_elementwise(op, operands or []) else []
+    assert not wrong
+    assert len(seen) >= 120
