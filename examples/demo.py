@@ -52,7 +52,9 @@ def main() -> None:
         source = graphprune.open_source(str(find_smollm2()))
         stage("sampling calibration text from the model")
         text = graphprune.calibrate("self", source, samples=32, length=64)
-        result = graphprune.compile(source.model, keep=options.keep, method=options.method, calibration=text, round_to=16, progress=stage)
+        result = graphprune.compile(
+            source.model, keep=options.keep, method=options.method, calibration=text, round_to=16, progress=stage
+        )
         stage("saving a stock checkpoint")
         graphprune.save(result, options.output, source)
         stage("loading it back")
