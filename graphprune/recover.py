@@ -70,7 +70,7 @@ PRESETS: Mapping[str, Recipe] = {
     "llm-pruner": Recipe(),
     "ten-minutes": Recipe(method="full", lr=1e-4, epochs=None, minutes=10, batch=4, micro=4, length=256, warmup=10),
 }
-"""LLM-Pruner's published recipe, and what recovers most in ten minutes on two CPU cores (see docs/methods.md)."""
+"""LLM-Pruner's published recipe, and a guess, not yet measured, at what suits ten minutes on two CPU cores."""
 
 
 def recover(
