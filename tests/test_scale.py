@@ -1,0 +1,126 @@
+"""A repeated block is traced once, and the trace is the same; the work grows with the layers, not with their square."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, fx, nn
+
+import graphprune
+from graphprune.propagate import source_line
+from graphprune.repeat import Repeats
+from graphprune.trace import Trace
+from tests.models import VOCABULARY, tokens
+
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+
+
+def text(cls: Any, config: Any, **settings: Any) -> Callable[[], tuple[nn.Module, Any]]:
+    return lambda: (cls(config(**SMALL, **settings)).eval(), {"input_ids": tokens()})
+
+
+FAMILIES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
+    "llama": text(transformers.LlamaForCausalLM, transformers.LlamaConfig, intermediate_size=88, num_key_value_heads=2),
+    "bert": text(transformers.BertForMaskedLM, transformers.BertConfig, intermediate_size=88),
+    "gemma2": text(
+        transformers.Gemma2ForCausalLM,
+        transformers.Gemma2Config,
+        intermediate_size=88,
+        num_key_value_heads=2,
+        head_dim=12,
+        pad_token_id=0,
+    ),
+    "neox": text(transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig, intermediate_size=88),
+    "albert": text(transformers.AlbertForMaskedLM, transformers.AlbertConfig, intermediate_size=88),
+    "resnet": lambda: (
+        transformers.ResNetForImageClassification(
+            transformers.ResNetConfig(embedding_size=8, hidden_sizes=[12, 24], depths=[3, 4], num_labels=5)
+        ).eval(),
+        {"pixel_values": torch.randn(2, 3, 32, 32)},
+    ),
+}
+
+
+def difference(one: Trace, other: Trace) -> str | None:
+    """The first node in which two traces are not the same up to names."""
+    pairs = dict(zip(one.graph.nodes, other.graph.nodes, strict=True))
+    for node, twin in pairs.items():
+        given = fx.map_arg((node.args, node.kwargs), lambda operand: pairs[operand].name)
+        same_call = given == fx.map_arg((twin.args, twin.kwargs), lambda operand: operand.name)
+        same_target = node.op != "call_function" or node.target is twin.target
+        same_tensor = one.tensors.get(node.name) == other.tensors.get(twin.name)
+        if not (node.op == twin.op and same_call and same_target and same_tensor and _seen(node) == _seen(twin)):
+            return f"{node.format_node()} | {twin.format_node()}"
+    return None
+
+
+def _seen(node: fx.Node) -> Any:
+    value, stack = node.meta.get("val"), node.meta.get("nn_module_stack") or {}
+    shape = (value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else None
+    return shape, list(stack.values()), source_line(node) if node.op == "call_function" and node.meta.get("stack_trace") else ""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_traced_once_gives_the_same_trace(family: str) -> None:
+    model, inputs = FAMILIES[family]()
+    assert Repeats(model, marked=True).families or family == "albert"
+    assert difference(graphprune.trace(model, inputs, repeat=False), graphprune.trace(model, inputs)) is None
+
+
+class Twin(nn.Module):
+    """A block that computes with its own number, or keeps count of its calls."""
+
+    calls = 0
+
+    def __init__(self, number: int, kind: str) -> None:
+        super().__init__()
+        self.number, self.kind, self.seen = number, kind, 0
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.two(self.one(x))
+        if self.kind == "number":
+            return x * self.number
+        if self.kind == "count":
+            self.seen += 1
+            return x + self.seen
+        return x + (torch.ones(8) if self.kind == "constant" else 1)
+
+
+@pytest.mark.parametrize("kind", ["number", "count", "constant", "none"])
+def test_twins_that_compute_differently_are_told_apart(kind: str) -> None:
+    model = nn.Sequential(*(Twin(number // 2, kind) for number in range(6)))
+    plain = graphprune.trace(model, torch.randn(3, 8), repeat=False)
+    for module in model:
+        module.seen = 0
+    assert difference(plain, graphprune.trace(model, torch.randn(3, 8))) is None
+    assert [module.number for module in model] == [0, 0, 1, 1, 2, 2]
+
+
+def test_flags_and_forwards_are_left_as_they_were() -> None:
+    model, inputs = FAMILIES["llama"]()
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)  # type: ignore[union-attr,operator,index]
+    before = [p.requires_grad for p in model.parameters()], type(model.model.layers[0]).__dict__["forward"]  # type: ignore[index,union-attr]
+    graphprune.trace(model, inputs)
+    assert before == ([p.requires_grad for p in model.parameters()], type(model.model.layers[0]).__dict__["forward"])  # type: ignore[index,union-attr]
+
+
+def test_a_chain_of_five_hundred_sums_is_solved() -> None:
+    """A residual width is merged once a layer: neither the stack nor the time may grow with the square."""
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(250))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = x + layer(x)
+            return x
+
+    groups = graphprune.couple(graphprune.propagate(graphprune.trace(Deep(), torch.randn(2, 6))))
+    assert len(groups.groups) == 0
