@@ -15,6 +15,7 @@ from graphprune.rewrite.checkpoint import load
 from graphprune.score import Scores, combine, gather_units, score, to_units
 from graphprune.select import Budget, select
 from graphprune.source import open_source
+from graphprune.streamed import compile_streamed
 from graphprune.trace import Trace, trace
 from graphprune.training import Penalty, Successive, become, shrink
 from graphprune.verify import check_masked as verify
@@ -42,6 +43,7 @@ __all__ = [
     "calibrate",
     "combine",
     "compile",
+    "compile_streamed",
     "couple",
     "gather_units",
     "language_loss",

@@ -20,6 +20,13 @@ Criterion = Callable[[str], Tensor | None]
 """The elementwise saliency of a tensor by name, in the tensor's shape; None for a tensor that has none."""
 
 
+Each = Callable[[Tensor], Tensor]
+"""An elementwise function of a block of a tensor."""
+
+BLOCK = 1 << 18
+"""Elements of a block: few enough to stay in a processor's cache."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scores:
     """How much each unit of each group matters: float64 tensors of shape (units,), by group name. Low goes first."""
@@ -31,17 +38,34 @@ class Scores:
         return self.units[group]
 
 
-def to_units(saliency: Tensor, axes: Sequence[Axis], dim: int, factor: Factor) -> Tensor:
+def to_units(saliency: Tensor, axes: Sequence[Axis], dim: int, factor: Factor, each: Each | None = None) -> Tensor:
     """Sum an elementwise saliency over everything but ``factor`` on dimension ``dim``: shape (units,), float64.
 
-    ``saliency`` has the shape that ``axes`` describe. A factor that occurs twice on the dimension (``r + r``) collects both.
+    ``saliency`` has the shape that ``axes`` describe; ``each`` is applied to it first, block by block. A factor that occurs
+    twice on the dimension (``r + r``) collects both.
     """
+    if each is not None:
+        return gather_units(_profile(saliency, dim, each), axes[dim], factor)
     rows = saliency.movedim(dim, 0).flatten(1) if saliency.ndim > 1 else saliency.unsqueeze(1)
     return gather_units(rows.sum(1, dtype=torch.float64), axes[dim], factor)
 
 
+def _profile(tensor: Tensor, dim: int, each: Each) -> Tensor:
+    """``each`` of a tensor summed over all dimensions but one, with no second tensor of its size."""
+    total = torch.zeros(tensor.shape[dim], dtype=torch.float64, device=tensor.device)
+    step = max(1, BLOCK // max(1, tensor[:1].numel()))
+    others = [other for other in range(tensor.ndim) if other != dim]
+    for start in range(0, len(tensor), step):
+        block = each(tensor[start : start + step])
+        summed = block.sum(others, dtype=torch.float64) if others else block.double()
+        (total[start : start + step] if dim == 0 else total).add_(summed)
+    return total
+
+
 def gather_units(profile: Tensor, axis: Axis, factor: Factor) -> Tensor:
     """Sum a vector over an axis into the units of one of its factors: (axis size,) → (units,)."""
+    if axis.segments == ((factor,),):
+        return profile.double()
     total = profile.new_zeros(factor.size, dtype=torch.float64)
     for column in axis.units(factor):
         index = torch.tensor(column, device=profile.device)
@@ -83,11 +107,13 @@ def score(
     *,
     method: str,
     how: str = "sum",
+    each: Each | None = None,
     after: Callable[[Tensor], Tensor] | None = None,
 ) -> Scores:
     """Score every group by an elementwise criterion.
 
-    ``after`` is applied to each member's unit sums before they are aggregated: ``torch.abs`` there makes a criterion
+    ``each`` is applied to what the criterion gives, block by block: a function of the weight alone needs no second tensor of
+    its size. ``after`` is applied to each member's unit sums before they are aggregated: ``torch.abs`` there makes a criterion
     vector-wise. Members without saliency (buffers) do not count.
     """
     found: dict[str, Tensor] = {}
@@ -96,7 +122,7 @@ def score(
         for member in group.members:
             saliency = criterion(member.name)
             if saliency is not None:
-                units = to_units(saliency, axes[member.name], member.dim, group.factor)
+                units = to_units(saliency, axes[member.name], member.dim, group.factor, each)
                 rows.append(units if after is None else after(units))
         found[group.name] = combine(rows, how) if rows else torch.zeros(group.size, dtype=torch.float64)
     return Scores(found, method)

@@ -19,7 +19,10 @@ def magnitude(model: nn.Module, groups: Groups, *, p: int = 2, aggregate: str = 
     """Score units by the p-th power of their weights' magnitude: (units,) each, in float64."""
     weights = dict(model.named_parameters(remove_duplicate=False))
 
-    def saliency(name: str) -> Tensor | None:
-        return weights[name].detach().double().abs().pow(p) if name in weights else None
+    def weight(name: str) -> Tensor | None:
+        return weights[name].detach() if name in weights else None
 
-    return score(groups, groups.axes.tensors, saliency, method=f"magnitude p={p} {aggregate}", how=aggregate)
+    def power(block: Tensor) -> Tensor:
+        return block.double().abs().pow(p)
+
+    return score(groups, groups.axes.tensors, weight, method=f"magnitude p={p} {aggregate}", how=aggregate, each=power)

@@ -57,9 +57,10 @@ def stock_config(
 
 def expressible(model: PreTrainedModel, axes: Axes, keep: Keep) -> None:
     """Raise ModelLimit, with the reason, when no config field can express these sizes. Runs nothing, needs no weights."""
-    next(candidates(model, _saved(model, shapes_after(axes, keep)), numbers(axes, keep)))
+    next(candidates(model, saved_shapes(model, shapes_after(axes, keep)), numbers(axes, keep)))
 
 
-def _saved(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
+def saved_shapes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
+    """Those of the shapes that a checkpoint holds."""
     names = model.state_dict(keep_vars=True).keys()
     return {name: shape for name, shape in shapes.items() if name in names}

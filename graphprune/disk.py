@@ -1,0 +1,136 @@
+"""A checkpoint directory in, its tensors out one at a time: each is read when it is asked for and forgotten with its last use.
+
+Files are read, not mapped: a mapped page counts as resident memory for as long as the file stays open.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from graphprune.errors import UserMistake
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a tensor lies: ``start`` counts from the beginning of the file."""
+
+    file: Path
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows ``first`` up to ``last`` of the outermost dimension, read from the file."""
+        row = self.size // self.shape[0] if self.shape and self.shape[0] else self.size
+        shape = (last - first, *self.shape[1:]) if self.shape else ()
+        return _read(self.file, self.start + first * row, shape, self.dtype)
+
+    def read(self) -> Tensor:
+        """The tensor, read from the file."""
+        return _read(self.file, self.start, self.shape, self.dtype)
+
+
+def _read(file: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    tensor = torch.empty(shape, dtype=dtype)
+    if not tensor.numel():
+        return tensor
+    left = as_bytes(tensor)
+    with file.open("rb", buffering=0) as stream:
+        stream.seek(start)
+        while left:
+            count = stream.readinto(left)
+            if not count:
+                raise UserMistake(f"half a checkpoint: {file.name} ends too early", at=str(file.parent), fix="fetch it again")
+            left = left[count:]
+    return tensor
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    raw: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(raw)
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """The tensors of a directory of safetensors, by name. Nothing is kept: every look-up reads."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.files = tuple(self.folder / name for name in _shards(self.folder))
+        self.entries = {name: entry for file in self.files for name, entry in _header(file)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.entries[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def _shards(folder: Path) -> list[str]:
+    if (folder / INDEX).is_file():
+        return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
+    raise UserMistake(f"no safetensors in {folder}", fix="save_pretrained it as safetensors")
+
+
+def _header(file: Path) -> Iterator[tuple[str, Entry]]:
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+            end = os.fstat(stream.fileno()).st_size
+    except (OSError, ValueError) as error:
+        raise UserMistake(f"half a checkpoint: {file.name} cannot be read", at=str(file.parent), why=str(error)) from error
+    for name, found in header.items():
+        if name == "__metadata__":
+            continue
+        if found["dtype"] not in DTYPES or 8 + length + found["data_offsets"][1] > end:
+            why = f"{name} is of type {found['dtype']}" if found["dtype"] not in DTYPES else f"{name} lies past its end"
+            raise UserMistake(f"{file.name} cannot be used", at=str(file.parent), why=why)
+        yield name, Entry(file, 8 + length + found["data_offsets"][0], tuple(found["shape"]), DTYPES[found["dtype"]])
+
+
+class OnDisk(nn.Parameter):
+    """A parameter that lives in a file: every operation on it reads it anew, and gets an ordinary tensor."""
+
+    entry: Entry
+
+    @staticmethod
+    def of(entry: Entry) -> OnDisk:
+        """The parameter for a place in a checkpoint."""
+        make: Any = torch.Tensor._make_wrapper_subclass
+        made = make(OnDisk, entry.shape, dtype=entry.dtype, device="cpu", requires_grad=False)
+        made.entry = entry
+        return made  # type: ignore[no-any-return]
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = pytree.tree_map_only(OnDisk, lambda parameter: parameter.entry.read(), (args, kwargs or {}))
+        return function(*args, **kwargs)

@@ -1,0 +1,116 @@
+"""A checkpoint directory, axes and what each factor keeps in, a smaller checkpoint directory out, block by block.
+
+The output has the shards of the input under the same names. No more than a block of one tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from graphprune.axes import Axis, Keep
+from graphprune.disk import INDEX, NAMES, Checkpoint, Entry, as_bytes
+from graphprune.rewrite.checkpoint import complete_or_nothing
+
+BLOCK = 32 << 20
+"""Bytes read at a time."""
+
+REPLACED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+"""Files that are not copied: weights in any form, and their index."""
+
+LOCK = ".writing"
+
+
+@contextmanager
+def streamed(out: str | Path) -> Iterator[Path]:
+    """A directory to fill that appears under the name ``out`` complete or not at all; what a killed run left is removed."""
+    path = Path(out)
+    for left in path.parent.glob(f".{path.name}.*.part"):
+        _remove_if_dead(left)
+    with complete_or_nothing(path) as folder, (folder / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+        (folder / LOCK).unlink()
+
+
+def _remove_if_dead(left: Path) -> None:
+    """The lock of a process that lives is held."""
+    try:
+        with (left / LOCK).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+    except OSError:
+        return
+
+
+def write_cut(checkpoint: Checkpoint, axes: Mapping[str, tuple[Axis, ...]], keep: Keep, folder: Path) -> None:
+    """Write every shard with its tensors cut, and the index. ``axes`` has the tensors by the names the checkpoint gives them."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    for file in checkpoint.files:
+        entries = {name: entry for name, entry in checkpoint.entries.items() if entry.file == file}
+        total += _write_shard(entries, axes, keep, folder / file.name)
+        weight_map |= dict.fromkeys(entries, file.name)
+    if (checkpoint.folder / INDEX).is_file():
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_shard(entries: Mapping[str, Entry], axes: Mapping[str, tuple[Axis, ...]], keep: Keep, target: Path) -> int:
+    """One file: the header first, since every size is known before anything is read."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for name, entry in entries.items():
+        shape = [axis.resized(keep) for axis in axes[name]] if name in axes else list(entry.shape)
+        size = prod(shape) * entry.dtype.itemsize
+        header[name] = {"dtype": NAMES[entry.dtype], "shape": shape, "data_offsets": [place, place + size]}
+        place += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with target.open("wb", buffering=0) as stream:
+        _write(stream, len(text).to_bytes(8, "little") + text)
+        for name, entry in entries.items():
+            for block in _cut_blocks(entry, axes.get(name, ()), keep):
+                _write(stream, as_bytes(block.contiguous()))
+    return place
+
+
+def _write(stream: BinaryIO, data: bytes | memoryview) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[stream.write(left) :]
+
+
+def _cut_blocks(entry: Entry, axes: tuple[Axis, ...], keep: Keep) -> Iterator[Tensor]:
+    """The surviving part of a tensor, some rows at a time; rows that go are not even read where whole blocks of them go."""
+    if not entry.shape or not prod(entry.shape):
+        yield entry.read()
+        return
+    kept = {dim: torch.tensor(axis.kept(keep)) for dim, axis in enumerate(axes) if axis.shrinks(keep)}
+    rows, step = entry.shape[0], max(1, BLOCK * entry.shape[0] // entry.size)
+    for first in range(0, rows, step):
+        last = min(rows, first + step)
+        own = kept[0][(kept[0] >= first) & (kept[0] < last)] - first if 0 in kept else None
+        if own is not None and not len(own):
+            continue
+        block = entry.rows(first, last)
+        block = block if own is None else block.index_select(0, own)
+        for dim, index in kept.items():
+            block = block if dim == 0 else block.index_select(dim, index)
+        yield block
+
+
+def copy_rest(source: Path, folder: Path) -> None:
+    """Tokenizer, generation settings, licence and the like: everything that holds no weights and no config."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not file.name.endswith(REPLACED) and file.name != "config.json" and not file.name.startswith("."):
+            shutil.copyfile(file, folder / file.name)
