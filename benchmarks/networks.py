@@ -1,4 +1,4 @@
-"""The models of the comparison: Llama-likes of hidden width 512, ResNets and a DenseNet in plain ``nn``, without pretrained weights."""
+"""The models of the comparison: Llama-likes of hidden width 512, ResNets and a DenseNet in plain ``nn``, random weights."""
 
 from __future__ import annotations
 
