@@ -1,0 +1,195 @@
+"""graphprune and torch-pruning side by side: from a model to the same model pruned by the same share, time and memory.
+
+    pip install --no-deps torch-pruning
+    python benchmarks/peers.py [--pairs 3] [--limit 120] [--plot peers.png] [NETWORK ...]
+
+Each run is a process of its own on one thread that imports everything first and prunes a two-layer toy to warm up; then the
+network of ``networks.py`` is built, and the clock runs from the model to the pruned model. Runs come in pairs, one after the
+other; ratios are medians over pairs. ``extra`` is what the process grew by at its peak, over the model's bytes. torch-pruning is
+asked for a quarter of every width; graphprune gets the share of parameters that this leaves (a quarter where the peer does not
+finish). It runs twice, with its check of the result and without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from networks import NETWORKS, llama
+from torch import nn
+
+import graphprune
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+SHARE = 0.25
+SYSTEMS = ("peer", "verified", "unverified")
+
+
+def main() -> None:
+    """Measure the networks named and print a table."""
+    options = arguments()
+    if options.one:
+        print(json.dumps(one(options.one, options.networks[0], options.keep)))
+        return
+    rows: dict[str, dict[str, Any]] = {}
+    print(f"{'network':>16} {'peer s':>8} {'ours s':>8} {'ratio':>6} {'no check':>8} {'ratio':>6} {'peer extra':>10} {'our extra':>9}")
+    for name in options.networks or NETWORKS:
+        rows[name] = compared(name, options.pairs, options.limit)
+        print(line(name, rows[name]), flush=True)
+    if options.plot:
+        plot(rows, options.plot)
+
+
+def arguments() -> argparse.Namespace:
+    """Command line."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("networks", nargs="*", choices=[*NETWORKS, []], help="all of them unless named")
+    options.add_argument("--pairs", type=int, default=3)
+    options.add_argument("--limit", type=float, default=120, help="CPU seconds a run may take")
+    options.add_argument("--plot", type=Path)
+    options.add_argument("--one", choices=SYSTEMS, help=argparse.SUPPRESS)
+    options.add_argument("--keep", type=float, default=1 - SHARE, help=argparse.SUPPRESS)
+    return options.parse_args()
+
+
+def compared(name: str, pairs: int, limit: float) -> dict[str, Any]:
+    """Interleaved runs of one network."""
+    runs: dict[str, list[dict[str, float]]] = {system: [] for system in SYSTEMS}
+    for _ in range(pairs):
+        finished = not runs["peer"] or runs["peer"][-1] != {}
+        runs["peer"].append(apart("peer", name, limit, 1 - SHARE) if finished else {})
+        keep = runs["peer"][-1].get("kept", 1 - SHARE)
+        for system in SYSTEMS[1:]:
+            runs[system].append(apart(system, name, limit, keep))
+    return {system: summary(found, runs["peer"]) for system, found in runs.items()}
+
+
+def apart(system: str, name: str, limit: float, keep: float) -> dict[str, float]:
+    """One run in a process of its own; nothing when it did not finish within the limit."""
+    command = [sys.executable, "-W", "ignore", __file__, name, "--one", system, "--keep", str(keep)]
+    limited = ["bash", "-c", f'ulimit -t {limit + 30:.0f}; exec "$@"', "-", *command]
+    done = subprocess.run(limited, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"{system} on {name}: exit {done.returncode} {done.stderr.strip()[-200:]}", file=sys.stderr)
+        return {}
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def summary(runs: list[dict[str, float]], peer: list[dict[str, float]]) -> dict[str, float | None]:
+    """Medians; the ratio is the median of the pairs' ratios."""
+    ratios = [run["seconds"] / other["seconds"] for run, other in zip(runs, peer, strict=True) if run and other]
+    values = {key: statistics.median(run[key] for run in runs if run) for key in ("seconds", "extra", "kept") if any(runs)}
+    return {**values, "ratio": statistics.median(ratios) if ratios else None}
+
+
+def line(name: str, row: dict[str, Any]) -> str:
+    """One line of the table."""
+    peer, ours, bare = (row[system] for system in SYSTEMS)
+
+    def shown(value: float | None, form: str) -> str:
+        return "—" if value is None else format(value, form)
+
+    cells = [shown(peer.get("seconds"), ".2f"), shown(ours.get("seconds"), ".2f"), shown(ours["ratio"], ".2f")]
+    cells += [shown(bare.get("seconds"), ".2f"), shown(bare["ratio"], ".2f")]
+    cells += [shown(peer.get("extra"), ".2f"), shown(ours.get("extra"), ".2f")]
+    return f"{name:>16} " + " ".join(f"{cell:>{width}}" for cell, width in zip(cells, (8, 8, 6, 8, 6, 10, 9), strict=True))
+
+
+def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
+    """Seconds over layers, both axes logarithmic."""
+    for system in SYSTEMS:
+        points = [(int(name.split("-")[-1]), row[system].get("seconds")) for name, row in rows.items() if name.startswith("llama-")]
+        points = sorted((layers, seconds) for layers, seconds in points if seconds)
+        pyplot.loglog([x for x, _ in points], [y for _, y in points], "o-", label=system)
+    pyplot.xlabel("layers")
+    pyplot.ylabel("CPU seconds")
+    pyplot.legend()
+    pyplot.savefig(path)
+
+
+# ── one run ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def one(system: str, name: str, keep: float) -> dict[str, float]:
+    """CPU seconds from model to pruned model, the peak of the process over its start in model sizes, the share kept."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    prune = by_peer if system == "peer" else by_us
+    prune(*llama(2, hidden=64, heads=2, kv=2), 0.9, False)
+    model, inputs = NETWORKS[name]()
+    before = sum(p.numel() for p in model.parameters())
+    size = 4 * before
+    with Peak() as peak:
+        start = time.process_time()
+        pruned = prune(model, inputs, keep, system == "verified")
+        seconds = time.process_time() - start
+    kept = sum(p.numel() for p in pruned.parameters()) / before
+    return {"seconds": seconds, "extra": peak.extra / size, "kept": kept}
+
+
+class Peak:
+    """How far resident memory rose above where it was."""
+
+    def __enter__(self) -> Peak:
+        self.start = self.extra = 0
+        self.start, self.running = resident(), True
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def watch(self) -> None:
+        """Look every few milliseconds."""
+        while self.running:
+            self.extra = max(self.extra, resident() - self.start)
+            time.sleep(0.005)
+
+    def __exit__(self, *problem: object) -> None:
+        self.running = False
+        self.thread.join()
+
+
+def resident() -> int:
+    """Bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def by_us(model: nn.Module, inputs: Any, keep: float, verify: bool) -> nn.Module:
+    """Every kind that the peer prunes, by the same magnitude."""
+    kinds = ["head", "ffn"] if hasattr(model, "config") else None
+    return graphprune.compile(model, inputs, keep=keep, keep_of="model", kinds=kinds, verify=verify).model
+
+
+def by_peer(model: nn.Module, inputs: Any, keep: float, verify: bool) -> nn.Module:
+    """As in torch-pruning's own examples for each kind of model."""
+    import torch_pruning  # noqa: PLC0415  only the peer's process needs it
+
+    warnings.simplefilter("ignore")
+    heads, text = {}, hasattr(model, "config")
+    for module in model.modules():
+        if hasattr(module, "q_proj"):
+            heads |= {module.q_proj: model.config.num_attention_heads}
+            heads |= dict.fromkeys((module.k_proj, module.v_proj), model.config.num_key_value_heads)
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    pruner = torch_pruning.pruner.BasePruner(
+        model, inputs, importance=torch_pruning.importance.GroupMagnitudeImportance(p=2), pruning_ratio=SHARE, ignored_layers=[last],
+        num_heads=heads, prune_num_heads=text, head_pruning_ratio=SHARE, output_transform=(lambda out: out.logits) if text else None,
+    )  # fmt: skip
+    pruner.step()
+    return model
+
+
+if __name__ == "__main__":
+    main()
