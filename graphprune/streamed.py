@@ -20,8 +20,9 @@ from graphprune.groups import Groups, couple
 from graphprune.pipeline import Pass, Progress, find_pass, run
 from graphprune.plan import Plan
 from graphprune.propagate import Axes, propagate
+from graphprune.rewrite.blueprint import build_meta
 from graphprune.rewrite.checkpoint import PLAN
-from graphprune.rewrite.config import build_meta, fit
+from graphprune.rewrite.config import fit
 from graphprune.rewrite.graph import resized_graph
 from graphprune.rewrite.stock import numbers, saved_shapes, shapes_after
 from graphprune.rewrite.stream import copy_rest, streamed, write_cut

@@ -13,7 +13,10 @@ import transformers as hf
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from graphprune.errors import ModelLimit, UserMistake
-from graphprune.rewrite.config import build_meta, candidates, fit, probe, shrink_depth
+from graphprune.rewrite.blueprint import build_meta
+from graphprune.rewrite.config import candidates, fit
+from graphprune.rewrite.probe import probe
+from graphprune.rewrite.shallow import shrink_depth
 
 # Sizes collide on purpose: 4 layers, 4 heads, 4 experts; a vocabulary as wide as the FFN.
 DECODER = dict(

@@ -10,7 +10,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from graphprune.axes import Axis, Keep
 from graphprune.propagate import Axes
-from graphprune.rewrite.config import build_meta, candidates, fit
+from graphprune.rewrite.blueprint import build_meta
+from graphprune.rewrite.config import candidates, fit
 from graphprune.rewrite.module import adopt
 
 

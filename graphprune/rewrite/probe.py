@@ -1,0 +1,109 @@
+"""A transformers model in, which number in its config moves which dimension out: every number is changed and looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from graphprune.errors import ModelLimit
+from graphprune.rewrite.blueprint import Blueprint, Changes, Dim, Path, as_text, dims, is_number, leaves
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Field:
+    """A number in the config, and how many units each dimension gains per unit of it (none: a silent field)."""
+
+    path: Path
+    value: int | float
+    unset: bool  # the config leaves it out, the model derives this value
+    moves: Mapping[Dim, float]
+
+    def __str__(self) -> str:
+        return _dotted(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The number fields of a model's config, and the blueprint they were found on."""
+
+    blueprint: Blueprint
+    fields: tuple[Field, ...]
+
+    def movers(self, name: str, dim: int) -> tuple[Field, ...]:
+        """The fields that move this dimension of this parameter or buffer."""
+        return tuple(found for found in self.fields if (name, dim) in found.moves)
+
+
+def probe(model: PreTrainedModel) -> Probe:
+    """Which number in the config moves which dimension; computed once per config."""
+    found = _survey(type(model), type(model.config), as_text(model.config))  # type: ignore[arg-type]
+    for name, tensor in model.state_dict().items():
+        if not dims(name, tensor.shape).items() <= found.blueprint.sizes.items():
+            why = f"a {type(model).__name__} of its config has no such tensor of shape {tuple(tensor.shape)}"
+            raise ModelLimit("the config does not describe the model", at=name, why=why)
+    return found
+
+
+@lru_cache(maxsize=16)
+def _survey(cls: type[PreTrainedModel], config_cls: type[PreTrainedConfig], text: str) -> Probe:
+    blueprint = Blueprint(cls, config_cls, text)
+    settings = list(leaves(blueprint.settings()))
+    blanks = [path for path, value in settings if value is None] + blueprint.asked
+    unset = {path: value for path in blanks if (value := _derived(blueprint, path)) is not None}
+    numbers = {path: value for path, value in settings if is_number(value)}
+    bases: list[Changes] = [{}, unset] if unset and blueprint.response(unset) == {} else [{}]
+    silent = _silent(blueprint, numbers)
+    fields = [
+        Field(path, value, path in unset, {} if path in silent else _slopes(blueprint, path, value, bases))
+        for path, value in (numbers | unset).items()
+    ]
+    return Probe(blueprint, tuple(fields))
+
+
+def _derived(blueprint: Blueprint, path: Path) -> int | None:
+    """The number that an omitted setting stands for: the one that leaves every size as it is. None if there is none."""
+    first, second = (blueprint.response({path: trial}) for trial in (8, 16))
+    if first is None or second is None:
+        return None
+    for name, dim in first.keys() | second.keys():
+        old = blueprint.sizes.get((name, dim), 0)
+        low, high = first.get((name, dim), old), second.get((name, dim), old)
+        value = round(8 + 8 * (old - low) / (high - low)) if high != low else 0
+        if value > 0 and blueprint.response({path: value}) == {}:
+            return value
+    return None
+
+
+def _silent(blueprint: Blueprint, numbers: Changes) -> set[Path]:
+    """The members of lists, and the fractions, that move nothing even when all are changed at once."""
+    groups: dict[Path, Changes] = {}
+    for path, value in numbers.items():
+        group = ("fractions",) if isinstance(value, float) else path[:-1] if isinstance(path[-1], int) else path
+        groups.setdefault(group, {})[path] = 2 * value
+    return {path for group in groups.values() if len(group) > 1 and blueprint.response(group) == {} for path in group}
+
+
+def _slopes(blueprint: Blueprint, path: Path, value: float, bases: Sequence[Changes]) -> dict[Dim, float]:
+    """What the field moves, seen from each of these equivalent bases."""
+    found: dict[Dim, float] = {}
+    for base in bases:
+        for new in _steps(value):
+            response = blueprint.response({**base, path: new})
+            if response is not None:
+                known = {dim: size for dim, size in response.items() if dim in blueprint.sizes or dim[1] < 0}
+                found = {dim: (size - blueprint.sizes.get(dim, 0)) / (new - value) for dim, size in known.items()} | found
+                break
+    return found
+
+
+def _steps(value: float) -> list[int | float]:
+    """Values to try in place of this one; divisors and multiples are the likeliest to be valid."""
+    steps = [2 * value, value / 2] if isinstance(value, float) else [2 * value, value // 2, value + 1, 3 * value]
+    return [step for step in steps if step > 0]
+
+
+def _dotted(path: Path) -> str:
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).lstrip(".")
