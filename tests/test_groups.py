@@ -24,6 +24,7 @@ from graphprune.groups import Group, Groups, couple
 from graphprune.propagate import propagate
 from graphprune.trace import trace
 from graphprune.verify import difference, masked_outputs, smaller_outputs
+from tests import idioms  # noqa: F401  registers its nets
 from tests.architectures import ARCHITECTURES, architecture
 from tests.nets import NETS, example
 

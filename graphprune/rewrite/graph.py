@@ -17,6 +17,8 @@ from graphprune.propagate import Axes
 from graphprune.rules import Literal
 from graphprune.trace import Trace
 
+aten = torch.ops.aten
+
 
 def cut(tensor: Tensor, axes: tuple[Axis, ...], keep: Keep) -> Tensor:
     """The slice of ``tensor`` that survives; the tensor itself where nothing on it shrinks."""
@@ -32,7 +34,10 @@ def cut_all(axes: Axes, tensors: Mapping[str, Tensor], keep: Keep) -> dict[str, 
 
 
 def resized_graph(axes: Axes, keep: Keep) -> fx.Graph:
-    """A copy of the traced graph whose literal sizes fit the cut tensors."""
+    """A copy of the traced graph whose literal sizes fit the cut tensors.
+
+    What was a view may have to copy: attention kernels lay out their results differently for other widths.
+    """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in axes.trace.graph.nodes:
@@ -41,6 +46,8 @@ def resized_graph(axes: Axes, keep: Keep) -> fx.Graph:
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             _follow(axes, node, copies[node], keep)
+            if node.target is aten.view.default:
+                copies[node].target = aten.reshape.default
     return graph
 
 

@@ -1,88 +1,80 @@
-"""Sweep model types, each pruned in a process of its own: ``python -m tests.zoo --family causal --jobs 2 [--only NAME …]``."""
+"""Sweep model types, each pruned in a process of its own: ``python -m tests.zoo --family causal --jobs 2 [--only NAME …]``.
+
+Rows are merged into ``--rows`` (JSON, one a line), so that a sweep of a part updates that part; ``--report`` writes them out.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import time
-import traceback
-import warnings
 from collections import Counter
+from datetime import date
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch._dynamo  # here, so that it is imported once and not in each child
+import torch.export
 
-from tests.zoo.configs import FAMILIES, build, model_types
-from tests.zoo.prune import stages
+from tests.zoo.apart import Limits, Row, apart
+from tests.zoo.entries import FAMILIES, class_names, model_types
+from tests.zoo.prune import stages, with_module
+from tests.zoo.report import document, outcome
 
-SECONDS = 120
-FORK = multiprocessing.get_context("fork")
+Rows = dict[tuple[str, str], Row]
 
 
 def main() -> None:
     options = arguments()
     torch.set_num_threads(1)
+    rows = read(options.rows)
+    limits = Limits(options.seconds, int(options.gigabytes * 2**30))
+    for row in apart(with_module if options.module else stages, chosen(options, rows), options.jobs, limits):
+        rows[row["family"], row["type"]] = row | {"date": date.today().isoformat()}
+        print(shown(row), flush=True)
+        write(options.rows, rows)
+    print(Counter((family, outcome(row)) for (family, _), row in rows.items()))
+    if options.report:
+        options.report.write_text(document(list(rows.values())))
+
+
+def chosen(options: argparse.Namespace, rows: Rows) -> list[tuple[str, str]]:
+    """What to sweep: the families, or of them the types named, or those that did not come out well."""
+    if options.none:
+        return []
     families = FAMILIES if options.family == "all" else (options.family,)
-    waiting = [(family, name) for family in families for name in (options.only or model_types(family))]
-    running: list[Any] = []
-    rows: list[dict[str, Any]] = []
-    while waiting or running:
-        while waiting and len(running) < options.jobs:
-            running.append(start(*waiting.pop(0)))
-        for job in list(running):
-            if (row := finished(job)) is not None:
-                running.remove(job)
-                rows.append(row)
-                print(shown(row), flush=True)
-        time.sleep(0.05)
-    options.out.write_text(json.dumps(rows, indent=1))
-    print(Counter((row["family"], row["outcome"]) for row in rows))
+    items = [(family, name) for family in families for name in model_types(family) if name in (options.only or class_names(family))]
+    return [item for item in items if item not in rows or outcome(rows[item]) != "ok"] if options.failed else items
 
 
-def start(family: str, name: str) -> Any:
-    answers = FORK.Queue()
-    process = FORK.Process(target=outcome, args=(family, name, answers))
-    process.start()
-    return process, answers, family, name, time.monotonic()
+def read(path: Path) -> Rows:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {(row["family"], row["type"]): row for row in map(json.loads, lines)}
 
 
-def outcome(family: str, name: str, answers: Any) -> None:
-    warnings.simplefilter("ignore")
-    row: dict[str, Any] = {"family": family, "type": name, "stage": "build"}
-    try:
-        for found in stages(build(name, family), emit=False):
-            row.update(found)
-    except BaseException as error:
-        row |= {"outcome": f"error in {row['stage']}", "error": f"{type(error).__name__}: {error}"[:300], "at": traceback.format_exc()[-900:]}
-    answers.put(row)
+def write(path: Path, rows: Rows) -> None:
+    order = sorted(rows, key=lambda item: (FAMILIES.index(item[0]), item[1]))
+    path.write_text("".join(json.dumps(rows[item]) + "\n" for item in order))
 
 
-def finished(job: Any) -> dict[str, Any] | None:
-    process, answers, family, name, began = job
-    if not answers.empty():
-        row: dict[str, Any] = answers.get()
-        process.join()
-        return row
-    if process.is_alive() and time.monotonic() - began < SECONDS:
-        return None
-    why = "timeout" if process.is_alive() else f"error: the process died ({process.exitcode})"
-    process.kill()
-    return {"family": family, "type": name, "stage": "?", "outcome": why}
-
-
-def shown(row: dict[str, Any]) -> str:
+def shown(row: Row) -> str:
     notes = row.get("wrong") or row.get("error") or row.get("kinds", "")
-    return f"{row['family']:8} {row['type']:28} {row['outcome']:18} frozen {row.get('frozen_share', '?'):>7}  {notes}"
+    heads = "/".join(map(str, row.get("attention", [])))
+    figures = f"{row['seconds']:5.1f} s  frozen {row.get('frozen', '?'):>6}  heads {heads:6}"
+    return f"{row['family']:8} {row['type']:28} {outcome(row):16} {figures} {notes}"
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
-    parser.add_argument("--family", choices=(*FAMILIES, "all"), default="causal")
-    parser.add_argument("--only", nargs="*", metavar="NAME")
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("/tmp/graphprune-zoo.json"))
+    parser.add_argument("--family", choices=(*FAMILIES, "all"), default="all")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="these model types")
+    parser.add_argument("--failed", action="store_true", help="only what has no row, or one that is not ok")
+    parser.add_argument("--none", action="store_true", help="sweep nothing: report what is in the rows")
+    parser.add_argument("--module", action="store_true", help="also emit each model as a module")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=240, help="limit for one model")
+    parser.add_argument("--gigabytes", type=float, default=4, help="limit for one model")
+    parser.add_argument("--rows", type=Path, default=Path("docs/coverage.jsonl"))
+    parser.add_argument("--report", type=Path, help="write the document here")
     return parser.parse_args()
 
 

@@ -1,15 +1,17 @@
-"""One zoo entry in, its outcome out: traced, grouped, every kind cut by 30 %, and held against the masked original in float64."""
+"""One model type in, its outcome step by step out: built, run, traced, grouped, every kind cut by 30 % and held against the
+masked original in double precision."""
 
 from __future__ import annotations
 
 import random
-from collections import Counter
+import warnings
 from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from graphprune.axes import Factor
 from graphprune.compiler import compile
@@ -20,56 +22,86 @@ from graphprune.propagate import propagate
 from graphprune.rewrite.graph import cut_all, resized_graph
 from graphprune.trace import trace
 from graphprune.verify import TOLERANCE, difference, leaves, masked_outputs, smaller_outputs
-from tests.zoo.configs import Entry
+from tests.zoo.entries import Entry, build
+from tests.zoo.measure import measured
 
 SHARE = 0.3
 FAITHFUL = 1e-3
+"""How far a traced graph may be from the eager model in single precision."""
+
+Rows = Iterator[dict[str, Any]]
 
 
-def stages(entry: Entry, emit: bool = True) -> Iterator[dict[str, Any]]:
-    """What is known after each step; the last outcome is ok, ok-with-frozen, or what went wrong."""
+def stages(family: str, model_type: str) -> Rows:
+    """What is known after each step; ``stage`` names the next one."""
+    warnings.simplefilter("ignore")
+    entry = build(model_type, family)
+    yield {"stage": "run", "class": type(entry.model).__name__, "parameters": sum(p.numel() for p in entry.model.parameters())}
+    eager = eager_outputs(entry)
+    yield from pruned(entry, eager)
+    yield {"stage": "done"}
+
+
+def with_module(family: str, model_type: str) -> Rows:
+    """The same, and how the module emitter writes the model."""
+    *steps, last = stages(family, model_type)
+    yield from steps
+    yield {"stage": "emit", "module": emitted(build(model_type, family))}
+    yield last
+
+
+def eager_outputs(entry: Entry) -> list[Tensor]:
+    """What the model computes; refused where that is not finite, or not the same twice."""
+    with torch.no_grad():
+        first, second = (pytree.tree_leaves(entry.model(**entry.inputs)) for _ in range(2))
+    outputs, again = ([x for x in found if isinstance(x, Tensor)] for found in (first, second))
+    if bad := [list(x.shape) for x in outputs if x.is_floating_point() and not x.isfinite().all()]:
+        raise ValueError(f"outputs of shapes {bad} are not finite")
+    if bad := [list(x.shape) for x, y in zip(outputs, again, strict=True) if not torch.equal(x, y)]:
+        raise ValueError(f"outputs of shapes {bad} differ from one call to the next")
+    return leaves(first)
+
+
+def pruned(entry: Entry, eager: Sequence[Tensor]) -> Rows:
     yield {"stage": "trace"}
     traced = trace(entry.model, entry.inputs)
     yield {"stage": "groups", "nodes": len(traced.graph.nodes)}
     groups = couple(propagate(traced))
-    yield {"stage": "check", "kinds": dict(groups.kinds), "frozen_share": frozen_share(groups), "reasons": reasons(groups)}
+    yield {"stage": "check", **measured(groups, entry.model.config)}
     tensors, inputs = tensors_of(entry.model, traced), traced.flatten(entry.inputs)
-    eager = eager_outputs(entry)
     drift = difference(leaves(execute(traced, tensors, inputs)), eager)
     wrong = [f"traced graph drifts by {drift:.1e}"] if drift > FAITHFUL else []
-    for kind in (*groups.kinds, "all"):
-        wrong += check_kind(groups, tensors, inputs, kind)
-    frozen = any(reason.startswith("no rule") for reason in reasons(groups))
-    yield {"outcome": "wrong" if wrong else "ok-with-frozen" if frozen else "ok", "wrong": wrong}
-    if emit:
-        yield {"stage": "emit", "module": emitted(entry)}
-    yield {"stage": "done"}
+    for name, chosen in cuts(groups).items():
+        try:
+            wrong += check(groups, tensors, inputs, random_cut(chosen, name), all(group.exact for group in chosen), name)
+        except Exception as error:
+            error.add_note(f"while cutting {name}")
+            raise
+    yield {"wrong": wrong}
 
 
-def eager_outputs(entry: Entry) -> list[Tensor]:
-    with torch.no_grad():
-        return leaves(entry.model(**entry.inputs))
+def cuts(groups: Groups) -> dict[str, list[Group]]:
+    """Each kind alone, all that is exact together, and everything together."""
+    found = {kind: [group for group in groups if group.kind == kind] for kind in groups.kinds}
+    found |= {"exact": [group for group in groups if group.exact], "all": list(groups)}
+    return {name: chosen for name, chosen in found.items() if chosen}
 
 
-def check_kind(groups: Groups, tensors: dict[str, Tensor], inputs: Sequence[Any], kind: str) -> list[str]:
-    """Cut one kind (or all at once); exact groups must equal the masked original, others must run and keep the output shapes."""
-    chosen = [group for group in groups if kind in (group.kind, "all")]
-    keep = random_cut(chosen, kind)
-    if kind == "all" and not all(group.exact for group in chosen):
-        keep = {group.factor: keep[group.factor] for group in chosen if group.exact}
+def check(
+    groups: Groups, tensors: dict[str, Tensor], inputs: Sequence[Any], keep: dict[Factor, list[int]], exact: bool, name: str
+) -> list[str]:
+    """Exact groups must equal the masked original; others must run, stay finite and have the predicted sizes."""
     found = smaller_outputs(groups.axes, tensors, inputs, keep)
-    problems = [] if predicted(groups, keep) == actual(groups, tensors, keep) else [f"{kind}: parameter count is not as predicted"]
+    problems = [] if predicted(groups, keep) == actual(groups, tensors, keep) else [f"{name}: parameter count is not as predicted"]
     if not all(torch.isfinite(output).all() for output in found):
-        problems.append(f"{kind}: outputs are not finite")
-    if all(group.exact for group in chosen) or kind == "all":
-        gap = difference(found, masked_outputs(groups.axes, tensors, inputs, keep))
-        problems += [f"{kind}: differs from the masked original by {gap:.1e}"] if gap > TOLERANCE else []
-    return problems
+        problems.append(f"{name}: outputs are not finite")
+    gap = difference(found, masked_outputs(groups.axes, tensors, inputs, keep)) if exact else 0.0
+    return problems + ([f"{name}: differs from the masked original by {gap:.1e}"] if gap > TOLERANCE else [])
 
 
 def random_cut(chosen: Sequence[Group], seed: str) -> dict[Factor, list[int]]:
     draw = random.Random(seed)
-    return {g.factor: sorted(draw.sample(range(g.size), max(1, round(g.size * (1 - SHARE))))) for g in chosen}
+    return {g.factor: sorted(draw.sample(range(g.size), max(g.least, round(g.size * (1 - SHARE))))) for g in chosen}
 
 
 def predicted(groups: Groups, keep: dict[Factor, list[int]]) -> int:
@@ -79,20 +111,6 @@ def predicted(groups: Groups, keep: dict[Factor, list[int]]) -> int:
 def actual(groups: Groups, tensors: dict[str, Tensor], keep: dict[Factor, list[int]]) -> int:
     resized_graph(groups.axes, keep)
     return sum(tensor.numel() for tensor in cut_all(groups.axes, tensors, keep).values())
-
-
-def frozen_share(groups: Groups) -> float:
-    """Parameters on no axis of which anything can shrink, over all parameters."""
-    free = {group.factor for group in groups}
-    sizes = {name: (prod(a.size for a in axes), any(a.factors & free for a in axes)) for name, axes in groups.axes.tensors.items()}
-    own = [sizes[name] for name in groups.axes.trace.parameters]
-    return round(sum(size for size, live in own if not live) / max(1, sum(size for size, _ in own)), 4)
-
-
-def reasons(groups: Groups) -> dict[str, int]:
-    """Why parameters' factors are frozen, the commonest first."""
-    named = groups.axes.trace.parameters
-    return dict(Counter(f.reason.what for f in groups.frozen if any(m.name in named for m in f.members)).most_common(6))
 
 
 def emitted(entry: Entry) -> str:

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
-from tests.zoo.configs import FAMILIES, build, model_types, sharpen
+from tests.zoo.entries import FAMILIES, build, model_types
 from tests.zoo.shrink import Layers, shrunken
+from tests.zoo.weights import sharpen
 
 
 @pytest.mark.parametrize("family", FAMILIES)
