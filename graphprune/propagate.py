@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.axes import Axis, Factor
+from graphprune.computed import computed
 from graphprune.errors import RuleBug
 from graphprune.rules import Literal, Op, Typed, Use, find_rule, is_in_place
 from graphprune.trace import Trace
@@ -44,7 +45,7 @@ class Axes:
 
     ``tensors`` maps parameter, buffer and constant names to one Axis a dimension, ``nodes`` maps every fx node to the axes of
     its value (a tuple of them for several outputs), ``literals`` the literal arguments that are sizes, ``least`` the units a
-    factor must keep where that is more than one.
+    factor must keep where that is more than one, ``computed`` the nodes that follow from sizes alone.
     """
 
     trace: Trace
@@ -59,6 +60,7 @@ class Axes:
     pinned: Mapping[int, tuple[Variable, Reason]]
     activations: frozenset[fx.Node]
     least: Mapping[Factor, int]
+    computed: frozenset[fx.Node]
 
     def factors(self) -> frozenset[Factor]:
         """Every factor on any parameter, buffer or constant."""
@@ -86,6 +88,7 @@ class _Walk:
         self.named: dict[str, Typed] = {}
         self.origins: dict[tuple[str, int], Variable] = {}
         self.active: set[fx.Node] = set()
+        self.computed = computed(trace)
         self.uses: list[Use] = []
         self.literals: dict[fx.Node, tuple[list[Literal], Any]] = {}
         self.limits: list[tuple[Expression, int, Reason]] = []
@@ -98,7 +101,7 @@ class _Walk:
         elif node.op == "output":
             self._output(node)
         elif node.op == "call_function":
-            self.values[node] = self._own(self._call(node), node)
+            self.values[node] = self._own(self._constant(node) if node in self.computed else self._call(node), node)
 
     def _depends_on_inputs(self, node: fx.Node) -> bool:
         """Whether a value is an activation. Weights chosen by index (an expert's) are weights all the same."""
@@ -126,6 +129,10 @@ class _Walk:
             for typed in _each(self.values.get(operand)):
                 self._pin(typed, Reason("model output", operand))
                 self.solver.pin(typed.values or (), Reason("its positions are a model output", operand))
+
+    def _constant(self, node: fx.Node) -> Typed:
+        """Axes nothing is known about yet: whoever uses a constant says what they are."""
+        return Typed(tuple(map(self.solver.fresh, _shapes(node.meta["val"]))))
 
     def _call(self, node: fx.Node) -> Any:
         if getattr(node.target, "__name__", "") == "getitem":
@@ -241,6 +248,7 @@ class _Walk:
             pinned=self.solver.pinned,
             activations=frozenset(self.active),
             least=least,
+            computed=self.computed,
         )
 
     def _least(self) -> dict[Factor, int]:

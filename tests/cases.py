@@ -447,9 +447,13 @@ row("filled then contracted", lambda x: x @ torch.ones(4, 5), "a b -> a c", X(3,
 row("scalar_tensor", lambda x: x * torch.scalar_tensor(2.0), "a b -> a b", X(3, 4))
 row("empty", lambda x: x + torch.empty(4) + x.new_empty(3, 4), "a b -> a b", X(3, 4), values=False)
 row("rand", lambda x: x + torch.rand(4) * torch.randn(3, 4), "a b -> a b", X(3, 4), values=False)
-row("arange", lambda x: x * torch.arange(4), "a 4 -> a 4", X(3, 4))
-row("linspace", lambda x: x * torch.linspace(0, 1, 4), "a 4 -> a 4", X(3, 4))
-row("eye", lambda x: x @ torch.eye(4, dtype=torch.float64), "a 4 -> a 4", X(3, 4), roles="fc")
+row("arange", lambda x: x * torch.arange(4), "a b -> a b", X(3, 4))
+row("arange computed with", lambda x: x + 2 ** -torch.arange(8.0)[1::2].view(2, 2).tril(), "a b -> a b", X(2, 2))
+row("arange used and computed with", lambda x, y: ((n := torch.arange(4.0)) * x, torch.outer(n + 1, n.flip(0)) @ y), "a, b -> a, c", X(4), X(4), roles="., c")
+row("arange of constants", lambda x: x * (torch.ones(4) + torch.arange(4) * torch.tensor([3, 1, 4, 1])), "a b -> a b", X(3, 4))
+row("arange written to", lambda x: torch.arange(4.0).add_(x), "4 -> 4", X(4))
+row("linspace", lambda x: x * torch.linspace(0, 1, 4), "a b -> a b", X(3, 4))
+row("eye", lambda x: x @ torch.eye(4, dtype=torch.float64), "a b -> a c", X(3, 4), roles="fc")
 
 # ── indexing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 

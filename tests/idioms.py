@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,3 +20,19 @@ class ViewedAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part(x).view(2, 5, 3, 8).transpose(1, 2) for part in (self.q, self.k, self.v))
         return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).view(2, 5, 24))
+
+
+@takes(2, 5, 8)
+class LinearBias(nn.Module):
+    """ALiBi: a slope for each head, computed in the forward from numbered positions; a head that stays keeps its slope."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = nn.Linear(8, 18), nn.Linear(8, 18), nn.Linear(8, 18), nn.Linear(18, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).view(2, 5, 6, 3).transpose(1, 2) for part in (self.q, self.k, self.v))
+        slopes = 2.0 ** -torch.arange(1, 9)
+        slopes = torch.cat([slopes[1::2], slopes[::2]])[:6]
+        bias = slopes.view(1, 6, 1, 1) * torch.arange(-4, 1).view(1, 1, 1, 5)
+        return self.o(((q @ k.transpose(-1, -2) + bias).softmax(-1) @ v).transpose(1, 2).reshape(2, 5, 18))

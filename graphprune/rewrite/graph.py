@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from graphprune.axes import Axis, Keep
+from graphprune.computed import evaluated
 from graphprune.propagate import Axes
 from graphprune.rules import Literal
 from graphprune.trace import Trace
@@ -48,7 +49,30 @@ def resized_graph(axes: Axes, keep: Keep) -> fx.Graph:
             _follow(axes, node, copies[node], keep)
             if node.target is aten.view.default:
                 copies[node].target = aten.reshape.default
+    for node, value in evaluated(axes.trace, _sliced(axes, keep)):
+        _spell_out(copies[node], cut(value, axes.nodes[node], keep))
     return graph
+
+
+def _sliced(axes: Axes, keep: Keep) -> frozenset[fx.Node]:
+    """The constants that shrink, and those computed from what shrinks, which need their own values as they were."""
+    found: set[fx.Node] = set()
+    for node in axes.trace.graph.nodes:
+        if node in axes.computed:
+            own = _shrinks(axes.nodes[node], keep)
+            if own or any(operand in found or _shrinks(axes.nodes[operand], keep) for operand in node.all_input_nodes):
+                found.add(node)
+    return frozenset(found)
+
+
+def _shrinks(value: Any, keep: Keep) -> bool:
+    return any(part.shrinks(keep) if isinstance(part, Axis) else _shrinks(part, keep) for part in value or ())
+
+
+def _spell_out(copy: fx.Node, value: Tensor) -> None:
+    """A constant by its elements, in place of the operation that computed it."""
+    traced = copy.meta["val"]
+    copy.target, copy.args, copy.kwargs = torch.tensor, (value.tolist(),), {"dtype": traced.dtype, "device": traced.device}
 
 
 def _follow(axes: Axes, node: fx.Node, copy: fx.Node, keep: Keep) -> None:
@@ -112,18 +136,17 @@ def _followed(axes: Axes, node: fx.Node, literal: Literal, arguments: Mapping[st
 
 
 def _touched(axes: Axes, node: fx.Node, keep: Keep) -> bool:
-    operands = (axes.nodes[operand] for operand in node.all_input_nodes)
-    return any(axis.shrinks(keep) for operand in operands for axis in operand if isinstance(axis, Axis))
+    return any(_shrinks(axes.nodes[operand], keep) for operand in node.all_input_nodes)
 
 
 def _sizes(given: Any, literal: Literal, keep: Keep) -> list[Any] | None:
-    """A list of sizes: integers follow their axes, -1 and symbolic sizes take care of themselves."""
+    """A list of sizes, negative where counted backwards: integers follow their axes, -1 and symbols take care of themselves."""
     if all(not axis.shrinks(keep) for axis in literal.axes):
         return None
     if not isinstance(given, list | tuple):
         given = [axis.size for axis in literal.axes]
     return [
-        size if not isinstance(size, int) or size == -1 or not axis.shrinks(keep) else axis.resized(keep)
+        size if not isinstance(size, int) or size == -1 or not axis.shrinks(keep) else axis.resized(keep) * (-1 if size < 0 else 1)
         for size, axis in zip(given, literal.axes, strict=True)
     ]
 

@@ -17,7 +17,11 @@ def filled(op: Op) -> Typed:
     return Typed(axes)
 
 
-@rule(aten.arange, aten.linspace, aten.eye, aten.logspace, aten.tril_indices, aten.triu_indices)
+NUMBERED = (aten.arange, aten.linspace, aten.eye, aten.logspace, aten.tril_indices, aten.triu_indices)
+"""Operations that give every position a value of its own."""
+
+
+@rule(*NUMBERED)
 def numbered(op: Op) -> Typed:
     """Every position has its own value."""
     return Typed(tuple(op.pinned(size, "numbered positions") for size in op.shape))

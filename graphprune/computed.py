@@ -1,0 +1,86 @@
+"""A Trace in, the nodes whose values follow from sizes alone out; and those values, evaluated at the original sizes.
+
+Slopes of a linear bias, sine tables, rotary frequencies written in a forward: numbered positions that ops made something of. No
+rule needs to see through them. Each is a constant like a buffer is: what uses it gives it axes, and it is sliced, not recomputed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.execute import Walk
+from graphprune.rules import NUMBERED, is_in_place
+from graphprune.trace import Trace
+
+
+def computed(trace: Trace) -> frozenset[fx.Node]:
+    """The nodes that depend on numbered positions and constants, on no input, weight or chance, and are never written to."""
+    still: set[fx.Node] = set()
+    found: set[fx.Node] = set()
+    for node in trace.graph.nodes:
+        if _is_still(trace, node, still):
+            still.add(node)
+            if _is_numbered(node) or any(operand in found for operand in node.all_input_nodes):
+                found.add(node)
+    written = [node.args[0] for node in trace.graph.nodes if _writes(node)]
+    return frozenset(found - _connected([node for node in written if node in found], found))
+
+
+def _is_still(trace: Trace, node: fx.Node, still: set[fx.Node]) -> bool:
+    if node.op == "placeholder":
+        return node.name in trace.tensors and _is_known(trace.constants.get(trace.tensors[node.name].name))
+    if node.op != "call_function" or _writes(node) or not isinstance(node.meta.get("val"), Tensor):
+        return False
+    chance = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    return not chance and all(operand in still for operand in node.all_input_nodes)
+
+
+def _is_known(value: Tensor | None) -> bool:
+    return value is not None and not value.is_meta and type(value) in (Tensor, torch.nn.Parameter)
+
+
+def _is_numbered(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in NUMBERED
+
+
+def _writes(node: fx.Node) -> bool:
+    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and is_in_place(node.target)
+
+
+def _connected(start: list[fx.Node], within: set[fx.Node]) -> set[fx.Node]:
+    """What may share memory with ``start``: everything reachable from it, either way."""
+    seen: set[fx.Node] = set()
+    while start:
+        node = start.pop()
+        if node not in seen:
+            seen.add(node)
+            start += [other for other in (*node.all_input_nodes, *node.users) if other in within]
+    return seen
+
+
+def evaluated(trace: Trace, wanted: frozenset[fx.Node]) -> Iterator[tuple[fx.Node, Any]]:
+    """Each wanted node with its value in double precision."""
+    walk = Walk(trace, trace.constants, {}, torch.float64)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        for node in trace.graph.nodes:
+            if node in wanted:
+                for operand in node.all_input_nodes:
+                    _reach(walk, operand)
+                walk.step(node)
+                yield node, walk.values[node]
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def _reach(walk: Walk, node: fx.Node) -> None:
+    """Compute what a node needs, first."""
+    if node.op == "call_function" and node not in walk.values:
+        for operand in node.all_input_nodes:
+            _reach(walk, operand)
+        walk.step(node)
