@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from graphprune.axes import Axis, Factor
 from graphprune.computed import computed
@@ -115,7 +116,7 @@ class _Walk:
             if tensor.name not in self.named:
                 axes = tuple(self.solver.fresh(size) for size in tensor.shape)
                 self.named[tensor.name] = Typed(axes)
-                self.origins |= {(tensor.name, dim): axis[0][0] for dim, axis in enumerate(axes) if axis[0]}
+                self.origins |= {(tensor.name, dim): axis[0][0] for dim, axis in enumerate(axes) if any(axis)}
             return self._own(self.named[tensor.name], node)
         if not isinstance(node.meta.get("val"), Tensor):
             return node.meta.get("val")
@@ -149,6 +150,8 @@ class _Walk:
         except Conflict as conflict:
             return self._freeze(node, f"{node.target}: {conflict}")
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            if _depends_on_data(node):
+                return self._freeze(node, "its sizes depend on data")
             error.add_note(f"in the rule of {node.target} at {source_line(node)}")
             raise RuleBug(f"the rule of {node.target} failed: {error!r}") from error
         self.uses += op.uses
@@ -319,6 +322,13 @@ def _number(value: Any) -> Any:
     if value.node.hint is not None:
         return value.node.hint
     return int(value.node.expr.xreplace(dict.fromkeys(value.node.expr.free_symbols, UNKNOWN)))
+
+
+def _depends_on_data(node: fx.Node) -> bool:
+    """Whether a size that no input shape determines takes part."""
+    values = [part for each in (node, *node.all_input_nodes) for part in pytree.tree_leaves(each.meta.get("val"))]
+    sizes = [size for value in values for size in (value.shape if isinstance(value, Tensor) else [value])]
+    return any(isinstance(size, torch.SymInt) and size.node.hint is None for size in sizes)
 
 
 def _replace(value: Any, lookup: Any) -> Any:
