@@ -10,23 +10,30 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from graphprune.axes import Axis
+from graphprune.axes import Axis, Place
 from graphprune.errors import ModelLimit, UserMistake
-from graphprune.execute import execute, tensors_of
+from graphprune.execute import Abreast, tensors_of
 from graphprune.groups import Groups
 from graphprune.propagate import Axes
+from graphprune.ranks import dealt, summed
 from graphprune.trace import Trace
 
 Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 """``loss(model, inputs)``: a scalar to differentiate."""
 
 SeeGradient = Callable[[str, nn.Parameter, Tensor], None]
-"""``see(name, parameter, gradient)``, called once a parameter and backward pass; the gradient is freed afterwards."""
+"""``see(name, parameter, gradient)``, called once a parameter and backward pass; the gradient is freed afterwards.
+
+It comes in float32 or better, whatever the weight is in.
+"""
 
 
 def language_loss(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
@@ -56,9 +63,10 @@ def see_gradients(
     """Run forward and backward on each batch and hand every gradient over as soon as it is complete.
 
     ``names`` limits which parameters get one. The peak is weights, activations and one parameter's gradient. Modes, flags and
-    gradients of the model are left as they were.
+    gradients of the model are left as they were. A transformers model on which ``gradient_checkpointing_enable()`` was called
+    computes the activations within its layers twice instead of keeping them.
     """
-    with _only_gradients_of(model, names) as parameters:
+    with _only_gradients_of(model, names) as parameters, _checkpointed(model):
         hooks = [_hand_over(name, parameter, see) for name, parameter in parameters.items()]
         try:
             for inputs in batches:
@@ -79,7 +87,7 @@ def one_by_one(batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]
 def _hand_over(name: str, parameter: nn.Parameter, see: SeeGradient) -> Any:
     def hook(leaf: Tensor) -> None:
         if leaf.grad is not None:
-            see(name, parameter, leaf.grad)
+            see(name, parameter, leaf.grad.to(torch.promote_types(leaf.grad.dtype, torch.float32)))
             leaf.grad = None
 
     return parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
@@ -104,6 +112,25 @@ def _only_gradients_of(model: nn.Module, names: Collection[str] | None) -> Itera
             parameter.grad = before[name][1]
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def _checkpointed(model: nn.Module) -> Iterator[None]:
+    """Layers that are marked for checkpointing do it in evaluation mode too, and keep no key-value cache."""
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    config = getattr(model, "config", None)
+    cached = getattr(config, "use_cache", None)
+    try:
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        if config is not None and cached:
+            config.use_cache = False
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+        if config is not None and cached:
+            config.use_cache = cached
 
 
 def see_output_gradients(
@@ -174,7 +201,9 @@ def readers(groups: Groups) -> dict[str, tuple[Consumer, ...]]:
         consuming = {(member.name, member.dim) for member in group.members if member.role == "consumes"}
         mine = [c for c in everywhere if (c.weight, c.dim) in consuming and group.factor in c.axis.factors]
         if not mine:
-            why, fix = "its units meet only other activations", "leave this kind out, or use a gradient"
+            whole = isinstance(groups.axes.tensors[group.members[0].name][group.members[0].dim], Place)
+            why = "its units are whole pieces" if whole else "its units meet only other activations"
+            fix = "score it by magnitude, taylor or short_gpt" if whole else "leave this kind out, or use a gradient"
             raise ModelLimit(f"{group.name} is read by no weight", why=why, fix=fix)
         found[group.name] = tuple(mine)
     return found
@@ -194,21 +223,22 @@ class Power:
 
 
 def input_power(model: nn.Module, groups: Groups, batches: Iterable[Mapping[str, Any]]) -> dict[Consumer, Power]:
-    """First and second moments of what flows into every consumer of every group."""
-    wanted = {consumer for found in readers(groups).values() for consumer in found}
-    sums: dict[Consumer, list[Tensor]] = {}
-    counts: dict[Consumer, int] = defaultdict(int)
+    """First and second moments of what flows into every consumer of every group, over the batches of all ranks."""
+    wanted = dict.fromkeys(consumer for found in readers(groups).values() for consumer in found)
+    number = {consumer: i for i, consumer in enumerate(wanted)}
+    sums: dict[int, Tensor] = {}
 
     def see(consumer: Consumer, x: Tensor) -> None:
-        if consumer not in wanted:
-            return
-        parts = [x.sum(0, dtype=torch.float64), x.double().square().sum(0)]
-        sums[consumer] = [a + b for a, b in zip(sums[consumer], parts, strict=True)] if consumer in sums else parts
-        counts[consumer] += len(x)
+        if consumer in number:
+            count = torch.full((1, x.shape[1]), float(len(x)), dtype=torch.float64, device=x.device)
+            parts = torch.cat([x.sum(0, dtype=torch.float64)[None], x.double().square().sum(0)[None], count])
+            sums[number[consumer]] = sums[number[consumer]] + parts if number[consumer] in sums else parts
 
     axes = groups.axes
-    see_inputs(axes, tensors_of(model, axes.trace), batches, see, wanted={consumer.weight for consumer in wanted})
-    return {consumer: Power(*(total / counts[consumer] for total in totals)) for consumer, totals in sums.items()}
+    mine = dealt(fitted(axes.trace, batches))
+    see_inputs(axes, tensors_of(model, axes.trace), mine, see, wanted={consumer.weight for consumer in wanted})
+    totals = summed(sums)
+    return {consumer: Power(*(totals[i][:2] / totals[i][2])) for consumer, i in number.items()}
 
 
 def see_inputs(
@@ -219,9 +249,10 @@ def see_inputs(
     *,
     wanted: Collection[str] | None = None,
 ) -> None:
-    """Walk the traced graph on each batch and show what flows into each consumer of a wanted weight.
+    """Walk the traced graph on each batch and show what flows into each consumer of a wanted weight; batches in their order.
 
-    Rows are dealt into batches of the traced shape; those left over are not seen. Raises UserMistake where no batch fits.
+    Rows are dealt into batches of the traced shape; those left over are not seen. Weights that lie in files or are spread over
+    ranks are read once, a few at a time. Raises UserMistake where no batch fits.
     """
     by_node: dict[tuple[fx.Node, fx.Node], list[Consumer]] = defaultdict(list)
     for consumer in consumers(axes):
@@ -233,8 +264,11 @@ def see_inputs(
             see(consumer, value.movedim(consumer.place, -1).flatten(0, -2))
         return value
 
-    for flat in fitted(axes.trace, batches):
-        execute(axes.trace, tensors, flat, edit=look)
+    nodes = list(axes.trace.graph.nodes)
+    last = max((nodes.index(node) for node, _ in by_node), default=-1)
+    walk = Abreast(axes.trace, tensors, list(fitted(axes.trace, batches)), nodes[: last + 1], look)
+    for stretch in walk.stretches(nodes[: last + 1]):
+        walk.run(stretch)
 
 
 def fitted(trace: Trace, batches: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Any, ...]]:

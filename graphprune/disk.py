@@ -9,15 +9,17 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from graphprune.errors import UserMistake
+from graphprune.errors import ModelLimit, UserMistake
+from graphprune.ranks import leads, wait
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -51,6 +53,19 @@ class Entry:
     def read(self) -> Tensor:
         """The tensor, read from the file."""
         return _read(self.file, self.start, self.shape, self.dtype)
+
+    def write(self, tensor: Tensor) -> None:
+        """Put other values in its place in the file."""
+        with self.file.open("r+b", buffering=0) as stream:
+            stream.seek(self.start)
+            write_all(stream, as_bytes(tensor.to(self.dtype).contiguous()))
+
+
+def write_all(stream: BinaryIO | FileIO, data: bytes | memoryview) -> None:
+    """Write to the end what one call may write in part."""
+    left = memoryview(data)
+    while left:
+        left = left[stream.write(left) :]
 
 
 def _read(file: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -92,6 +107,15 @@ class Checkpoint(Mapping[str, Tensor]):
         return len(self.entries)
 
 
+def available_memory() -> int | None:
+    """Bytes that this machine can still give, where it says so."""
+    try:
+        rows = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(rows["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        return None
+
+
 def _shards(folder: Path) -> list[str]:
     if (folder / INDEX).is_file():
         return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
@@ -118,7 +142,10 @@ def _header(file: Path) -> Iterator[tuple[str, Entry]]:
 
 
 class OnDisk(nn.Parameter):
-    """A parameter that lives in a file: every operation on it reads it anew, and gets an ordinary tensor."""
+    """A parameter that lives in a file: every operation on it reads it anew, and gets an ordinary tensor.
+
+    It can be given a new value by ``put``; operations that would change it in place raise ModelLimit.
+    """
 
     entry: Entry
 
@@ -132,5 +159,18 @@ class OnDisk(nn.Parameter):
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        changed = args[0] if args and function._schema.is_mutable else None
+        if isinstance(changed, OnDisk):
+            raise ModelLimit("a weight in a file cannot be changed in place", why=str(function), fix="put(parameter, value)")
         args, kwargs = pytree.tree_map_only(OnDisk, lambda parameter: parameter.entry.read(), (args, kwargs or {}))
         return function(*args, **kwargs)
+
+
+def put(parameter: Tensor, value: Tensor) -> None:
+    """Give a parameter a value of its own shape, where it lives: in memory or in its file, which one rank writes for all."""
+    if isinstance(parameter, OnDisk):
+        if leads():
+            parameter.entry.write(value)
+        wait()
+    else:
+        parameter.data = value.detach().to(parameter.dtype).contiguous()

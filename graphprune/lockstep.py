@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphprune.axes import Axis, Keep
-from graphprune.execute import Walk, last_uses
+from graphprune.disk import put
+from graphprune.execute import Abreast
 from graphprune.matrices import Contracted, Product, products
 from graphprune.propagate import Axes
 from graphprune.rewrite.graph import cut, resized_graph
@@ -85,36 +86,40 @@ def side_by_side(
     found = {product.node: product for product in _visited(axes, wanted)}
     if not found:
         return
-    pair = _Pair(axes, keep, original, smaller, batches)
-    ending = max(found, key=lambda node: pair.place[node])
-    for node in axes.trace.graph.nodes:
-        if node in found:
-            site = pair.site(found[node])
-            before = smaller[site.weight]
-            yield site, pair.readings(site)
-            pair.differs |= {node} if smaller[site.weight] is not before else set()
-        if node is ending:
-            return
-        pair.step(node)
+    pair = _Pair(axes, keep, original, smaller, batches, list(found))
+    for node, product in found.items():
+        pair.walk_to(node)
+        site = pair.site(product)
+        yield site, pair.readings(site)
 
 
-def tensors_after(model: nn.Module, axes: Axes, keep: Keep) -> dict[str, Tensor]:
-    """The tensors of an emitted model, module or graph, under the names the trace gives them. Nothing is copied."""
-    owned = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    owned |= {name.removeprefix("body."): tensor for name, tensor in owned.items()}
-    found = {}
-    for traced in axes.trace.tensors.values():
-        constant = axes.trace.constants.get(traced.name)
-        found[traced.name] = owned[traced.name] if constant is None else cut(constant, axes.tensors[traced.name], keep)
-    return found
+class Emitted(MutableMapping[str, Tensor]):
+    """The tensors of an emitted model, module or graph, under the names the trace gives them. Nothing is copied.
 
+    A tensor that is set becomes the parameter's value at once, in memory or in its file; the storage of the original model is
+    never written to.
+    """
 
-def put_back(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give the parameters of an emitted model these values; the storage of the original model is never written to."""
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        value = tensors.get(name.removeprefix("body."))
-        if value is not None and value is not parameter:
-            parameter.data = value.detach().to(parameter.dtype).contiguous()
+    def __init__(self, model: nn.Module, axes: Axes, keep: Keep) -> None:
+        owned = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+        owned |= {name.removeprefix("body."): tensor for name, tensor in owned.items()}
+        lifted = {name: cut(constant, axes.tensors[name], keep) for name, constant in axes.trace.constants.items()}
+        self.tensors = {t.name: lifted[t.name] if t.kind == "constant" else owned[t.name] for t in axes.trace.tensors.values()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        put(self.tensors[name], value)
+
+    def __delitem__(self, name: str) -> None:
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 def _visited(axes: Axes, wanted: Collection[str] | None) -> Iterator[Product]:
@@ -137,37 +142,39 @@ class _Pair:
         original: Mapping[str, Tensor],
         smaller: Mapping[str, Tensor],
         batches: Sequence[Sequence[Any]],
+        sites: Sequence[fx.Node],
     ) -> None:
-        self.axes, self.keep, self.original, self.smaller = axes, keep, original, smaller
-        mine, theirs = list(axes.trace.graph.nodes), list(resized_graph(axes, keep).nodes)
-        self.twin = dict(zip(mine, theirs, strict=True))
-        self.place = {node: i for i, node in enumerate(mine)}
-        self.dying = last_uses(mine)
-        self.then = [Walk(axes.trace, original, dict(zip(axes.trace.inputs, flat, strict=True))) for flat in batches]
-        self.now = [Walk(axes.trace, smaller, dict(zip(axes.trace.inputs, flat, strict=True))) for flat in batches]
+        self.axes, self.keep = axes, keep
+        every, theirs = list(axes.trace.graph.nodes), list(resized_graph(axes, keep).nodes)
+        self.twin = dict(zip(every, theirs, strict=True))
+        self.place = {node: i for i, node in enumerate(every)}
+        sums = [found[0] for site in sites if (found := self._sum(site))]
+        nodes = every[: max(self.place[node] for node in [*sites, *sums]) + 1]
+        self.then = Abreast(axes.trace, original, batches, nodes)
+        self.now = Abreast(axes.trace, smaller, batches, theirs[: len(nodes)])
+        self.ahead = iter(nodes)
+        self.waiting: fx.Node | None = next(self.ahead)
         self.differs: set[fx.Node] = set()
 
-    @torch.no_grad()
-    def step(self, node: fx.Node) -> None:
-        """Compute a node in both graphs, then drop what nobody asks for any more."""
-        for walks, here in ((self.then, node), (self.now, self.twin[node])):
-            for walk in walks:
-                walk.step(here)
-        if node.op == "placeholder" and node.name in self.axes.trace.tensors:
-            name = self.axes.trace.tensors[node.name].name
-            changed = not torch.equal(self.smaller[name], self.original[name])
-        else:
-            changed = any(operand in self.differs for operand in node.all_input_nodes)
-        if changed:
+    def walk_to(self, place: fx.Node) -> None:
+        """Compute all that comes before a node, in both graphs."""
+        while self.waiting is not None and self.waiting is not place:
+            self._step(self.waiting)
+            self.waiting = next(self.ahead, None)
+
+    def _step(self, node: fx.Node) -> None:
+        if any(operand in self.differs or self._changed(operand) for operand in node.all_input_nodes):
             self.differs.add(node)
-        for dead in self.dying[node]:
-            for then, now in zip(self.then, self.now, strict=True):
-                then.values.pop(dead, None)
-                now.values.pop(self.twin[dead], None)
+        self.then.run([node])
+        self.now.run([self.twin[node]])
+
+    def _changed(self, node: fx.Node) -> bool:
+        """Whether a weight is another than in the original."""
+        return any(not torch.equal(self.now.tensors[name], self.then.tensors[name]) for name in self.then.named(node))
 
     def site(self, product: Product) -> Site:
         """What the smaller model keeps of a product's inputs."""
-        weight = self.original[product.weight]
+        weight = self.then.tensors[product.weight]
         dim = product.layout.inputs if isinstance(product.layout, Contracted) else 1
         axis = self.axes.tensors[product.weight][dim]
         span = 1 if isinstance(product.layout, Contracted) else weight[0, 0].numel()
@@ -181,7 +188,7 @@ class _Pair:
         """Every batch at a product, computed as it is asked for."""
         product, partner = site.product, self._partner(site.product.node)
         layout = product.layout
-        for then, now in zip(self.then, self.now, strict=True):
+        for then, now in zip(self.then.walks, self.now.walks, strict=True):
             before = layout.vectors(then.fetch(product.operand))[0]
             after = layout.vectors(now.fetch(self.twin[product.operand]))[0]
             drift = stream = None
@@ -192,7 +199,7 @@ class _Pair:
 
     def _rows(self, product: Product) -> Tensor:
         """The original's matrix with all its inputs and only the rows that survive."""
-        layout, weight = product.layout, self.original[product.weight]
+        layout, weight = product.layout, self.then.tensors[product.weight]
         inputs = layout.inputs if isinstance(layout, Contracted) else 1
         whole = Axis(())
         axes = tuple(whole if dim == inputs else axis for dim, axis in enumerate(self.axes.tensors[product.weight]))
@@ -208,6 +215,11 @@ class _Pair:
 
     def _partner(self, node: fx.Node) -> fx.Node | None:
         """The other, earlier and whole summand of the sum that the output of ``node`` goes into next."""
+        found = self._sum(node)
+        return None if found is None else found[1]
+
+    def _sum(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """That sum and its other summand."""
         here = node
         while len(here.users) == 1:
             user = next(iter(here.users))
@@ -215,8 +227,8 @@ class _Pair:
             if _operation(user) == "add" and others and all(self._is_weight(operand) for operand in others):
                 here = user
                 continue
-            if _operation(user) == "add" and len(others) == 1 and others[0] in self.then[0].values:
-                return others[0] if self._comparable(others[0], node) else None
+            if _operation(user) == "add" and len(others) == 1 and self.place[others[0]] < self.place[node]:
+                return (user, others[0]) if self._comparable(others[0], node) else None
             if _operation(user) not in PASSING:
                 return None
             here = user

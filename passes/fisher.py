@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from graphprune import Calibration, Groups, Scores, see_gradients, to_units
 from graphprune.capture import one_by_one, readers
+from graphprune.ranks import dealt, summed
 
 
 def fisher(model: nn.Module, groups: Groups, calibration: Calibration) -> Scores:
@@ -37,9 +38,9 @@ def fisher(model: nn.Module, groups: Groups, calibration: Calibration) -> Scores
             units = to_units(weight.detach() * gradient, axes[name], dim, group.factor)
             masks[group.name] = masks[group.name] + units if group.name in masks else units
 
-    for sample in one_by_one(calibration.inputs):
+    for sample in dealt(one_by_one(calibration.inputs), model):
         masks.clear()
         see_gradients(model, [sample], see, names=spots)
         for name, units in masks.items():
             totals[name] = totals[name].to(units) + units.square() / 2
-    return Scores(totals, "fisher")
+    return Scores(summed(totals, model), "fisher")

@@ -22,7 +22,7 @@ as the norm that reads the stream does; else a few huge positions are all that c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,8 @@ from graphprune import Calibration, Groups, Plan, Pruned
 from graphprune.capture import fitted
 from graphprune.errors import UserMistake, nearest
 from graphprune.execute import tensors_of
-from graphprune.lockstep import Reading, Site, put_back, side_by_side, tensors_after
+from graphprune.lockstep import Emitted, Reading, Site, side_by_side
+from graphprune.ranks import dealt, summed
 
 CHOICES = {"given": ("now", "then"), "aim": ("sums", "outputs"), "where": ("readers", "writers", "all")}
 
@@ -54,12 +55,11 @@ def least_squares(
         if value not in CHOICES[option]:
             raise UserMistake(f"{option} cannot be {value!r}", fix=nearest(value, CHOICES[option]))
     axes, keep = groups.axes, plan.keep(groups)
-    smaller = tensors_after(pruned.model, axes, keep)
-    batches = list(fitted(axes.trace, calibration.inputs))
+    smaller = Emitted(pruned.model, axes, keep)
+    batches = dealt(fitted(axes.trace, calibration.inputs))
     for site, readings in side_by_side(axes, keep, tensors_of(model, axes.trace), smaller, batches):
         if _is_due(site, where, aim, given):
             _repair(site, readings, smaller, given=given, aim=aim, even=even, damping=damping)
-    put_back(pruned.model, smaller)
     return pruned
 
 
@@ -71,12 +71,19 @@ def _is_due(site: Site, where: str, aim: str, given: str) -> bool:
 
 
 def _repair(
-    site: Site, readings: Iterable[Reading], smaller: dict[str, Tensor], *, given: str, aim: str, even: bool, damping: float
+    site: Site,
+    readings: Iterable[Reading],
+    smaller: MutableMapping[str, Tensor],
+    *,
+    given: str,
+    aim: str,
+    even: bool,
+    damping: float,
 ) -> None:
     """Replace the site's weight, and its bias, by the fitted one."""
     weight, layout = smaller[site.weight], site.product.layout
     matrix = layout.matrix(weight)[0].detach()
-    gram = cross = torch.zeros((), dtype=torch.float64, device=weight.device)
+    sums: dict[str, Tensor] = {}
     for reading in readings:
         x = reading.now if given == "now" else reading.then[:, site.kept]
         missing = reading.wanted - x @ matrix.T
@@ -87,8 +94,9 @@ def _repair(
         if even and reading.stream is not None:
             size = reading.stream.square().mean(1, keepdim=True).sqrt().clamp_min(torch.finfo(x.dtype).tiny)
             x, missing = x / size, missing / size
-        gram, cross = gram + (x.T @ x).double(), cross + (missing.T @ x).double()
-    change = solve(gram, cross, damping)
+        for name, product in (("gram", x.T @ x), ("cross", missing.T @ x)):
+            sums[name] = sums[name].add_(product) if name in sums else product.double()
+    change = solve(**summed(sums), damping=damping)
     width = len(site.kept)
     repaired = matrix.double() + change[:, :width]
     smaller[site.weight] = layout.restored(repaired[None].to(weight.dtype), weight)
@@ -100,7 +108,9 @@ def solve(gram: Tensor, cross: Tensor, damping: float) -> Tensor:
     """``cross · (gram + λ·diag(gram))⁻¹`` (rows, inputs), float64; λ grows until there is an inverse, dead inputs get zero."""
     scale = gram.diagonal().where(gram.diagonal() > 0, 1)
     while True:
-        factor, failed = torch.linalg.cholesky_ex(gram + torch.diag(damping * scale))
+        damped = gram.clone()
+        damped.diagonal().add_(damping * scale)
+        factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed and factor.isfinite().all():
             return torch.cholesky_solve(cross.T, factor).T
         damping = max(10 * damping, 1e-8)

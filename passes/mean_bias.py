@@ -22,7 +22,8 @@ from graphprune import Calibration, Groups, Plan, Pruned
 from graphprune.capture import fitted
 from graphprune.errors import ModelLimit
 from graphprune.execute import tensors_of
-from graphprune.lockstep import Reading, Site, put_back, side_by_side, tensors_after
+from graphprune.lockstep import Emitted, Reading, Site, side_by_side
+from graphprune.ranks import dealt, summed
 
 
 def mean_bias(
@@ -30,15 +31,14 @@ def mean_bias(
 ) -> Pruned:
     """The pruned model with biases that hold the mean of what was removed."""
     axes, keep = groups.axes, plan.keep(groups)
-    smaller = tensors_after(pruned.model, axes, keep)
-    batches = list(fitted(axes.trace, calibration.inputs))
+    smaller = Emitted(pruned.model, axes, keep)
+    batches = dealt(fitted(axes.trace, calibration.inputs))
     added: dict[str, Tensor] = {}
     for site, readings in side_by_side(axes, keep, tensors_of(model, axes.trace), smaller, batches):
         if site.shrunk and site.bias is not None:
             smaller[site.bias] = smaller[site.bias] + _lost(site, readings).to(smaller[site.bias].dtype)
         elif site.shrunk:
             added[_layer(pruned.model, site, add)] = _lost(site, readings)
-    put_back(pruned.model, smaller)
     for name, bias in added.items():
         layer = pruned.model.get_submodule(name)
         layer.bias = nn.Parameter(bias.to(next(layer.parameters()).dtype))
@@ -47,7 +47,9 @@ def mean_bias(
 
 def _lost(site: Site, readings: Iterable[Reading]) -> Tensor:
     """(rows,): the mean output of the inputs that are gone."""
-    mean = torch.cat([reading.then.double().mean(0, keepdim=True) for reading in readings]).mean(0)
+    sums = [torch.cat([x.sum(0), x.new_tensor([len(x)])]) for x in (reading.then.double() for reading in readings)]
+    total = summed({0: torch.stack(sums).sum(0)} if sums else {})[0]
+    mean = total[:-1] / total[-1]
     mean[site.kept] = 0
     return site.whole.detach().double() @ mean
 

@@ -20,8 +20,9 @@ from torch import Tensor, fx, nn
 
 from graphprune import Calibration, Groups, Scores, see_inputs
 from graphprune.axes import Axis, Factor
-from graphprune.capture import Consumer, readers
+from graphprune.capture import Consumer, fitted, readers
 from graphprune.execute import tensors_of
+from graphprune.ranks import dealt, summed
 
 
 def minitron(model: nn.Module, groups: Groups, calibration: Calibration) -> Scores:
@@ -32,19 +33,21 @@ def minitron(model: nn.Module, groups: Groups, calibration: Calibration) -> Scor
         distinct = {reader.operand: reader for reader in reading[group.name]}
         for operand, reader in distinct.items():
             places[operand].append((group.name, reader, group.factor))
-    totals: dict[tuple[str, fx.Node], Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+    totals: dict[tuple[str, str], Tensor] = {}
 
     def see(consumer: Consumer, x: Tensor) -> None:
         for name, reader, factor in places[consumer.operand]:
             if consumer == reader:
-                size = _norms(x, reader.axis, factor).mean(0)
-                totals[name, reader.operand] = totals[name, reader.operand].to(size) + size.square()
+                square = _norms(x, reader.axis, factor).mean(0).square()
+                here = name, reader.operand.name
+                totals[here] = totals[here] + square if here in totals else square
 
     axes = groups.axes
     wanted = {reader.weight for found in places.values() for _, reader, _ in found}
-    see_inputs(axes, tensors_of(model, axes.trace), calibration.inputs, see, wanted=wanted)
+    mine = dealt(fitted(axes.trace, calibration.inputs))
+    see_inputs(axes, tensors_of(model, axes.trace), mine, see, wanted=wanted)
     found = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
-    for (name, _), total in totals.items():
+    for (name, _), total in summed(totals).items():
         found[name] = found[name].to(total) + total.sqrt()
     return Scores(found, "minitron")
 

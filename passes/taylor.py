@@ -5,7 +5,8 @@ Molchanov et al., "Importance Estimation for Neural Network Pruning" (arXiv 1906
 
     score(unit) = aggregate over members of  Σ |w · ∂L/∂w|   over the member's slice of the unit
 
-summed over calibration batches, each batch's gradient consumed as it appears: the peak is the model plus one gradient.
+summed over calibration batches, each batch's gradient consumed as it appears: the peak is the model plus one gradient. Products
+are taken in float32 or better. Ranks share the batches.
 ``result = graphprune.compile(model, method="taylor", calibration="self")``
 """
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune import Calibration, Groups, Scores, combine, see_gradients, to_units
+from graphprune.ranks import dealt, summed
 
 
 def taylor(model: nn.Module, groups: Groups, calibration: Calibration, *, aggregate: str = "sum") -> Scores:
@@ -28,11 +30,12 @@ def taylor(model: nn.Module, groups: Groups, calibration: Calibration, *, aggreg
     totals: dict[tuple[str, int], Tensor] = {}
 
     def see(name: str, weight: nn.Parameter, gradient: Tensor) -> None:
-        saliency = (weight.detach().float() * gradient.float()).abs_()
+        saliency = (weight.detach() * gradient).abs_()
         for group, place, member in spots[name]:
             units = to_units(saliency, axes[name], member.dim, group.factor)
             totals[group.name, place] = totals.get((group.name, place), torch.zeros_like(units)) + units
 
-    see_gradients(model, calibration.inputs, see, names=spots)
+    see_gradients(model, dealt(calibration.inputs, model), see, names=spots)
+    totals = summed(totals, model)
     rows = {group.name: [totals[key] for key in sorted(totals) if key[0] == group.name] for group in groups}
     return Scores({name: combine(members, aggregate) for name, members in rows.items()}, f"taylor {aggregate}")

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from graphprune.axes import Axis, Keep
-from graphprune.disk import INDEX, NAMES, Checkpoint, Entry, as_bytes
+from graphprune.disk import INDEX, NAMES, Checkpoint, Entry, as_bytes, write_all
+from graphprune.ranks import leads, told, wait
 from graphprune.rewrite.checkpoint import complete_or_nothing
 
 BLOCK = 32 << 20
@@ -28,6 +28,18 @@ REPLACED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 """Files that are not copied: weights in any form, and their index."""
 
 LOCK = ".writing"
+
+
+@contextmanager
+def shared(out: str | Path) -> Iterator[Path]:
+    """``streamed`` where several ranks fill one directory: rank 0 makes it and gives it its name when all are done."""
+    if not leads():
+        yield told(Path(out))
+        wait()
+        return
+    with streamed(out) as folder:
+        yield told(folder)
+        wait()
 
 
 @contextmanager
@@ -77,17 +89,11 @@ def _write_shard(entries: Mapping[str, Entry], axes: Mapping[str, tuple[Axis, ..
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with target.open("wb", buffering=0) as stream:
-        _write(stream, len(text).to_bytes(8, "little") + text)
+        write_all(stream, len(text).to_bytes(8, "little") + text)
         for name, entry in entries.items():
             for block in _cut_blocks(entry, axes.get(name, ()), keep):
-                _write(stream, as_bytes(block.contiguous()))
+                write_all(stream, as_bytes(block.contiguous()))
     return place
-
-
-def _write(stream: BinaryIO, data: bytes | memoryview) -> None:
-    left = memoryview(data)
-    while left:
-        left = left[stream.write(left) :]
 
 
 def _cut_blocks(entry: Entry, axes: tuple[Axis, ...], keep: Keep) -> Iterator[Tensor]:
