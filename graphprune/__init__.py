@@ -2,11 +2,13 @@
 
 from graphprune._version import __version__
 from graphprune.capture import language_loss, see_gradients, see_inputs
-from graphprune.compiler import Pruned, Result, compile, rewrite
+from graphprune.compiler import Result, compile, rewrite
 from graphprune.data import Calibration, calibrate
+from graphprune.facts import Pruned
 from graphprune.groups import Group, Groups, couple
 from graphprune.masks import Matrix, Moments, Norms, Pattern, Sparse, lowest, sparsify
 from graphprune.output import save
+from graphprune.pieces import Layers, branches, layers
 from graphprune.plan import Plan, load_plan
 from graphprune.propagate import Axes, propagate
 from graphprune.recover import recover
@@ -26,6 +28,7 @@ __all__ = [
     "Calibration",
     "Group",
     "Groups",
+    "Layers",
     "Matrix",
     "Moments",
     "Norms",
@@ -40,6 +43,7 @@ __all__ = [
     "Trace",
     "__version__",
     "become",
+    "branches",
     "calibrate",
     "combine",
     "compile",
@@ -47,6 +51,7 @@ __all__ = [
     "couple",
     "gather_units",
     "language_loss",
+    "layers",
     "load",
     "load_plan",
     "lowest",

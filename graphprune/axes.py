@@ -85,6 +85,31 @@ class Axis:
         return " + ".join(_show(product) for product in self.segments)
 
 
+@dataclass(frozen=True)
+class Place(Axis):
+    """The axis on which a whole tensor is one ``unit`` of a factor: it exists while the unit does."""
+
+    factor: Factor
+    unit: int
+
+    @cached_property
+    def size(self) -> int:
+        """One: the tensor itself."""
+        return 1
+
+    def occurrences(self) -> Iterator[tuple[Factor, int]]:
+        """Its factor."""
+        yield self.factor, 0
+
+    def resized(self, keep: Keep) -> int:
+        """One or none."""
+        return int(self.factor not in keep or self.unit in keep[self.factor])
+
+    def units(self, factor: Factor) -> list[list[int]]:
+        """All that is left of the tensor belongs to the unit."""
+        return [[self.unit]] if factor == self.factor else []
+
+
 def _new_size(item: Factor | Axis, keep: Keep) -> int:
     if isinstance(item, Axis):
         return item.resized(keep)

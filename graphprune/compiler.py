@@ -9,59 +9,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from graphprune.axes import Keep
 from graphprune.data import Calibration
-from graphprune.errors import GraphpruneError, ModelLimit, UserMistake, nearest
+from graphprune.depth import as_groups, rewrite_pieces, select_pieces
+from graphprune.errors import GraphpruneError, ModelLimit, UserMistake
 from graphprune.execute import execute, tensors_of
+from graphprune.facts import Emission, Example, Notes, Pruned
 from graphprune.groups import Groups, couple
+from graphprune.pieces import WHOLE, Layers, pieces
 from graphprune.pipeline import Facts, Pass, Progress, find_pass, run
 from graphprune.plan import Plan
 from graphprune.propagate import Axes, propagate
-from graphprune.rewrite.graph import cut_all, emit_graph, resized_graph
-from graphprune.rewrite.module import Attributes, copy_cut, emit_module
+from graphprune.rewrite.graph import PrunedGraph, Smaller, smaller
+from graphprune.rewrite.module import copy_cut, emit_module, over
 from graphprune.rewrite.stock import expressible, stock_config
-from graphprune.score import Scores
 from graphprune.select import Budget, allowed_kinds, for_kind, select
 from graphprune.source import guess_inputs
 from graphprune.trace import Inputs, Trace, trace
 from graphprune.verify import check_masked, close, leaves
 
-STAGES: Mapping[type, int] = {Trace: 0, Axes: 1, Groups: 2, Budget: 2, Scores: 3, Plan: 4}
-"""Where a pass of the user's goes: behind the stage that makes the same fact; what replaces the result goes last."""
-
 TRIED_STEPS = 8
 """How many roundings are tried to find sizes a config accepts."""
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """Inputs the model is traced and checked on."""
-
-    inputs: Inputs
-
-
-@dataclass(frozen=True, slots=True)
-class Emission:
-    """How the smaller model is written: ``module`` or ``graph``; with a stock config where one is ``wanted``; checked or not."""
-
-    emit: str = "module"
-    verify: bool = True
-
-    def __post_init__(self) -> None:
-        if self.emit not in ("module", "graph"):
-            raise UserMistake(f"emit cannot be {self.emit!r}", fix=nearest(self.emit, ("module", "graph")))
-
-
-@dataclass(frozen=True, slots=True)
-class Pruned:
-    """The smaller model. ``config`` is its stock config, or ``obstacle`` says why there is none; ``attributes`` what changed."""
-
-    model: nn.Module
-    config: PreTrainedConfig | None = None
-    obstacle: str | None = None
-    attributes: Attributes | None = None
 
 
 @dataclass(frozen=True)
@@ -127,26 +97,39 @@ def compile(  # noqa: A001  the product's own verb
     notes: list[str] = []
     given[Notes] = Notes(notes)
     given[Budget] = budget
-    scorer = find_pass(method, **_seeded(method, options or {}, seed))
-    facts = run(pipeline(scorer, [find_pass(extra) for extra in passes]), given, progress)
+    scorer = find_pass(method, **seeded(method, options or {}, seed))
+    stages = whole_pieces(scorer, kinds) if kinds is not None and set(kinds) & set(WHOLE) else pipeline(scorer)
+    facts = run(with_extras(stages, [find_pass(extra) for extra in passes]), given, progress)
     pruned: Pruned = facts[Pruned]
     return Result(pruned.model, facts[Plan], facts[Groups], pruned, tuple(notes), facts)
 
 
-@dataclass(frozen=True, slots=True)
-class Notes:
-    """What a person should be told, collected on the way."""
-
-    lines: list[str]
+def pipeline(scorer: Pass) -> list[Pass]:
+    """The default stages around one scoring pass."""
+    return [Pass(traced), Pass(propagate), Pass(couple), Pass(narrow), Pass(stock_steps), scorer, Pass(select), Pass(rewrite)]
 
 
-def pipeline(scorer: Pass, extras: Sequence[Pass] = ()) -> list[Pass]:
-    """The default stages around one scoring pass, with further passes behind the stage that makes what they make."""
-    stages = [Pass(f) for f in (traced, propagate, couple, narrow, stock_steps)] + [scorer] + [Pass(f) for f in (select, rewrite)]
+def whole_pieces(scorer: Pass, kinds: Sequence[str]) -> list[Pass]:
+    """The stages that remove layers or branches; widths are for another compile, of what this one gives."""
+    if len(kinds) > 1:
+        raise UserMistake(f"{', '.join(kinds)} cannot go in one compile", fix="remove layers first, then compile the result again")
+
+    if scorer.options.get("aggregate") in ("last-only", "first-only"):
+        raise UserMistake("a layer has no first or last member", fix="aggregate=sum")
+
+    def found(axes: Axes) -> Layers:
+        return pieces(axes, kinds[0])
+
+    return [Pass(traced), Pass(propagate), Pass(found), Pass(as_groups), scorer, Pass(select_pieces), Pass(rewrite_pieces)]
+
+
+def with_extras(stages: Sequence[Pass], extras: Sequence[Pass]) -> list[Pass]:
+    """Stages with further passes, each behind the stage that makes what it makes; what replaces the result goes last."""
+    placed = list(stages)
     for extra in extras:
-        place = [i for i, stage in enumerate(stages) if stage.makes is extra.makes]
-        stages.insert(place[-1] + 1 if place else len(stages), extra)
-    return stages
+        place = [i for i, stage in enumerate(placed) if stage.makes is extra.makes]
+        placed.insert(place[-1] + 1 if place else len(placed), extra)
+    return placed
 
 
 def traced(model: nn.Module, example: Example, emission: Emission) -> Trace:
@@ -157,9 +140,9 @@ def traced(model: nn.Module, example: Example, emission: Emission) -> Trace:
 def narrow(model: nn.Module, groups: Groups, budget: Budget, emission: Emission, notes: Notes) -> Groups:
     """Only the groups the budget ranges over; by default none that would cost the stock config."""
     kinds = allowed_kinds(groups, budget.kinds)
-    if isinstance(model, PreTrainedModel) and emission.emit == "module" and budget.alike:
+    if isinstance(model, PreTrainedModel) and emission.emit == "module" and budget.alike and budget.kinds is None:
         obstacles = {kind: _not_stock(model, groups, kind, budget) for kind in kinds}
-        spared = [kind for kind, why in obstacles.items() if why and budget.kinds is None]
+        spared = [kind for kind, why in obstacles.items() if why]
         if len(spared) < len(kinds):
             notes.lines.extend(f"{kind} groups are left alone: {obstacles[kind]}" for kind in spared)
             kinds = tuple(kind for kind in kinds if kind not in spared)
@@ -208,37 +191,28 @@ def rewrite(model: nn.Module, groups: Groups, plan: Plan, example: Example, emis
     """Emit the smaller model and check it: masked original ≡ cut graph ≡ emitted model. Raises naming the group at fault."""
     axes, keep = groups.axes, plan.keep(groups)
     tensors, inputs = tensors_of(model, axes.trace), axes.trace.flatten(example.inputs)
+    cut = smaller(axes, tensors, keep)
     if emission.verify:
-        check_masked(groups, tensors, inputs, keep)
+        check_masked(groups, tensors, inputs, keep, cut)
     if emission.emit == "graph":
-        return Pruned(emit_graph(axes, tensors, keep), obstacle="a graph has no config")
-    return _as_module(model, axes, keep, tensors, inputs, example)
+        return Pruned(PrunedGraph(axes.trace, cut.graph, cut.tensors), obstacle="a graph has no config")
+    return _as_module(model, axes, keep, cut, inputs, example)
 
 
-def _as_module(
-    model: nn.Module, axes: Axes, keep: Keep, tensors: Mapping[str, Tensor], inputs: Sequence[Any], example: Example
-) -> Pruned:
-    graph = resized_graph(axes, keep)
-    reference = leaves(execute(axes.trace, cut_all(axes, tensors, keep), inputs, graph=graph))
+def _as_module(model: nn.Module, axes: Axes, keep: Keep, cut: Smaller, inputs: Sequence[Any], example: Example) -> Pruned:
+    reference = leaves(execute(axes.trace, cut.tensors, inputs, graph=cut.graph))
 
-    def accept(smaller: nn.Module) -> bool:
-        return close(smaller, example.inputs, reference)
+    def accept(emitted: nn.Module) -> bool:
+        return close(emitted, example.inputs, reference)
 
+    emitted, obstacle = copy_cut(model, axes, cut.tensors), "a plain module has no config"
     if isinstance(model, PreTrainedModel):
-        return _as_transformers(model, axes, keep, accept)
-    smaller, attributes = emit_module(model, axes, keep, accept)
-    return Pruned(smaller, obstacle="a plain module has no config", attributes=attributes)
-
-
-def _as_transformers(model: PreTrainedModel, axes: Axes, keep: Keep, accept: Callable[[nn.Module], bool]) -> Pruned:
-    """With a stock config where one describes it, else with changed attributes."""
-    try:
-        smaller = copy_cut(model, axes, keep)
-        return Pruned(smaller, config=stock_config(model, smaller, axes, keep, accept))
-    except ModelLimit as limit:
-        obstacle = str(limit)
-    smaller, attributes = emit_module(model, axes, keep, accept)
-    return Pruned(smaller, obstacle=obstacle, attributes=attributes)
+        try:
+            return Pruned(emitted, config=stock_config(model, emitted, axes, keep, accept))
+        except ModelLimit as limit:
+            obstacle = str(limit)
+    emitted, attributes = emit_module(model, over(model, emitted), axes, keep, accept)
+    return Pruned(emitted, obstacle=obstacle, attributes=attributes)
 
 
 def _alike(model: nn.Module, alike: bool | None, emit: str) -> bool:
@@ -256,7 +230,7 @@ def example_for(model: nn.Module, inputs: Inputs | None, calibration: Any) -> Ex
     raise UserMistake(f"{type(model).__name__} needs example inputs", fix="compile(model, example_inputs, …)")
 
 
-def _seeded(method: Any, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
+def seeded(method: Any, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """A method that draws takes the compile's seed unless its options say otherwise."""
     try:
         return {"seed": seed, **options} if "seed" not in options and find_pass(method, seed=seed) else dict(options)

@@ -206,7 +206,7 @@ def loses_its_input(graph: nx.MultiDiGraph, vertex: Vertex, gone: set[Vertex]) -
     return bool(sources) and sources <= gone
 
 
-def loses_its_purpose(graph: nx.MultiDiGraph, vertex: Vertex, gone: set[Vertex]) -> bool:
+def loses_its_purpose(graph: nx.DiGraph, vertex: Vertex | fx.Node, gone: set[Any]) -> bool:
     """Rule 2: N_i ∈ In(N_j) ∧ Deg⁺(N_i) = 1 ⇒ N_i depends on N_j. All it feeds is gone, so it is useless."""
     targets = set(graph.successors(vertex))
     return bool(targets) and targets <= gone
@@ -220,6 +220,18 @@ def closure(flow: nx.MultiDiGraph, trigger: Vertex) -> frozenset[Vertex]:
         near = frontier.pop()
         for vertex in {*flow.successors(near), *flow.predecessors(near)} - gone:
             if loses_its_input(flow, vertex, gone) or loses_its_purpose(flow, vertex, gone):
+                gone.add(vertex)
+                frontier.append(vertex)
+    return frozenset(gone)
+
+
+def useless(flow: nx.DiGraph, trigger: Vertex | fx.Node, keep: Vertex | fx.Node) -> frozenset[Any]:
+    """Everything that feeds nothing once ``trigger`` is gone: the second rule alone, to a fixpoint, never past ``keep``."""
+    gone: set[Any] = {trigger}
+    frontier = [trigger]
+    while frontier:
+        for vertex in set(flow.predecessors(frontier.pop())) - gone - {keep}:
+            if loses_its_purpose(flow, vertex, gone):
                 gone.add(vertex)
                 frontier.append(vertex)
     return frozenset(gone)

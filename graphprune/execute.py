@@ -54,7 +54,22 @@ def execute(
 
     ``dtype`` replaces every floating-point dtype on the way, literal ones included. Values are dropped after their last use.
     """
-    walk = Walk(trace, tensors, dict(zip(trace.inputs, inputs, strict=True)), dtype, edit)
+    return execute_all(trace, tensors, [inputs], graph=graph, dtype=dtype, edit=edit, see=see)[0]
+
+
+@torch.no_grad()
+def execute_all(
+    trace: Trace,
+    tensors: Mapping[str, Tensor],
+    batches: Sequence[Sequence[Any]],
+    *,
+    graph: fx.Graph | None = None,
+    dtype: torch.dtype | None = None,
+    edit: Edit | None = None,
+    see: See | None = None,
+) -> list[Any]:
+    """``execute`` on several inputs side by side: each weight is read, and brought to ``dtype``, once for all of them."""
+    walks = [Walk(trace, tensors, dict(zip(trace.inputs, flat, strict=True)), dtype, edit) for flat in batches]
     nodes = list((graph or trace.graph).nodes)
     dying = last_uses(nodes)
     previous = torch.get_default_dtype()
@@ -62,15 +77,27 @@ def execute(
     try:
         for node in nodes:
             if node.op == "output":
-                return fx.map_arg(node.args[0], walk.fetch)
-            walk.step(node)
-            if see is not None and node.op == "call_function":
-                see(node, walk.values.get(node))
-            for dead in dying[node]:
-                walk.values.pop(dead, None)
+                return [fx.map_arg(node.args[0], walk.fetch) for walk in walks]
+            if len(walks) > 1:
+                _share_weights(node, walks)
+            for walk in walks:
+                walk.step(node)
+                if see is not None and node.op == "call_function":
+                    see(node, walk.values.get(node))
+                for dead in dying[node]:
+                    walk.values.pop(dead, None)
     finally:
         torch.set_default_dtype(previous)
     raise AssertionError("a graph without an output node")
+
+
+def _share_weights(node: fx.Node, walks: Sequence[Walk]) -> None:
+    """What the first walk reads of the model for a node, the others need not read again."""
+    for operand in node.all_input_nodes:
+        if operand.op == "placeholder" and operand.name in walks[0].trace.tensors:
+            value = walks[0].fetch(operand)
+            for walk in walks[1:]:
+                walk.values[operand] = value
 
 
 class Walk:

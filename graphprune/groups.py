@@ -68,7 +68,7 @@ class Group:
     def touches(self, patterns: Iterable[str]) -> bool:
         """Whether a pattern names the group or any tensor, or module holding a tensor, of it."""
         names = {self.name, *(member.name for member in self.members)}
-        return any(_matches(name, pattern) for pattern in patterns for name in names)
+        return any(matches(name, pattern) for pattern in patterns for name in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +216,6 @@ def _names(factors: list[Factor], members: Mapping[Factor, tuple[Member, ...]], 
     return names
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
     """A pattern is a glob, or the dotted name of a module or tensor."""
     return fnmatchcase(name, pattern) or name == pattern or name.startswith((f"{pattern}.", f"{pattern}:"))

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from graphprune.compiler import Example, Result
+from graphprune.compiler import Result
+from graphprune.depth import without_elements
 from graphprune.errors import ModelLimit, UserMistake
+from graphprune.facts import Example
 from graphprune.rewrite.checkpoint import PLAN, complete_or_nothing, load, save_differing, save_plain, save_stock
 from graphprune.rewrite.graph import PrunedGraph
 from graphprune.source import Source, quiet
@@ -46,15 +48,17 @@ def save_model(model: nn.Module, out: str | Path, source: Source) -> Path:
 
 
 def _write(result: Result, folder: Path) -> None:
-    model, original = result.model, result.facts[nn.Module]
+    model, pruned, original = result.model, result.pruned, result.facts[nn.Module]
+    if pruned.elements:
+        original = without_elements(original, pruned.elements, renumber=False)
     if isinstance(model, PrunedGraph):
         _save_program(model, result.facts[Example], folder)
     elif not isinstance(model, PreTrainedModel):
-        save_plain(model, original, result.pruned.attributes or {}, folder)
-    elif result.pruned.config is not None:
+        save_plain(model, original, pruned, folder)
+    elif pruned.config is not None:
         save_stock(model, folder)
     else:
-        save_differing(model, original, result.pruned.attributes or {}, folder)
+        save_differing(model, original, pruned, folder)
 
 
 def _save_program(model: PrunedGraph, example: Example, folder: Path) -> None:

@@ -42,14 +42,18 @@ class Plan:
 
     def keep(self, groups: Groups) -> dict[Factor, Sequence[int]]:
         """The surviving units by factor, on the groups of the model the plan is applied to. Raises UserMistake on a stranger."""
+        self.check(groups)
+        found = {group.name: group for group in groups}
+        return {found[cut.group].factor: cut.kept for cut in self.cuts}
+
+    def check(self, groups: Groups) -> None:
+        """Raise UserMistake when the plan was made for a model of other names or shapes."""
         if self.fingerprint != fingerprint(groups.axes.trace):
             raise UserMistake(
                 f"this plan was made for another model ({self.model})",
                 why="parameter names or shapes differ",
                 fix="apply it to that model or to a checkpoint of the same architecture and sizes",
             )
-        found = {group.name: group for group in groups}
-        return {found[cut.group].factor: cut.kept for cut in self.cuts}
 
     def dumps(self) -> str:
         """The plan as JSON, kept units as ranges: ``0-3,7``."""

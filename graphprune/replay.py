@@ -6,12 +6,15 @@ from typing import Any
 
 from torch import nn
 
-from graphprune.compiler import Emission, Example, Pruned, Result, example_for, rewrite
+from graphprune.compiler import Result, example_for, rewrite
 from graphprune.data import Calibration
+from graphprune.depth import as_groups, rewrite_pieces
+from graphprune.facts import Emission, Example, Pruned
 from graphprune.groups import Groups, couple
+from graphprune.pieces import WHOLE, Layers, pieces
 from graphprune.pipeline import Facts, Pass, run
 from graphprune.plan import Plan
-from graphprune.propagate import propagate
+from graphprune.propagate import Axes, propagate
 from graphprune.trace import Inputs, trace
 
 
@@ -28,9 +31,14 @@ def replay(
     given: Facts = {nn.Module: model, Plan: plan, Emission: Emission(emit, verify)}
     given[Example] = example_for(model, example_inputs, calibration)
 
-    def traced(model: nn.Module, example: Example) -> Groups:
-        return couple(propagate(trace(model, example.inputs, dynamic=emit == "graph")))
+    def found(model: nn.Module, example: Example) -> Axes:
+        return propagate(trace(model, example.inputs, dynamic=emit == "graph"))
 
-    facts: dict[Any, Any] = run([Pass(traced), Pass(rewrite)], given)
+    def whole(axes: Axes) -> Layers:
+        return pieces(axes, plan.cuts[0].kind)
+
+    removes_pieces = any(cut.kind in WHOLE for cut in plan.cuts)
+    stages = [Pass(whole), Pass(as_groups), Pass(rewrite_pieces)] if removes_pieces else [Pass(couple), Pass(rewrite)]
+    facts: dict[Any, Any] = run([Pass(found), *stages], given)
     pruned: Pruned = facts[Pruned]
     return Result(pruned.model, plan, facts[Groups], pruned, (), facts)

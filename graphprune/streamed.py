@@ -9,25 +9,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, fx, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from graphprune.axes import Keep
-from graphprune.compiler import Emission, Example, Notes, narrow, stock_steps
+from graphprune.compiler import narrow, seeded, stock_steps, traced, with_extras
+from graphprune.data import Calibration
 from graphprune.disk import Checkpoint, OnDisk
 from graphprune.errors import ModelLimit, UserMistake
+from graphprune.facts import Emission, Example, Notes, Pruned
 from graphprune.groups import Groups, couple
 from graphprune.pipeline import Pass, Progress, find_pass, run
 from graphprune.plan import Plan
 from graphprune.propagate import Axes, propagate
+from graphprune.ranks import leads, wait
 from graphprune.rewrite.blueprint import build_meta
 from graphprune.rewrite.checkpoint import PLAN
 from graphprune.rewrite.config import fit
 from graphprune.rewrite.graph import resized_graph
 from graphprune.rewrite.stock import numbers, saved_shapes, shapes_after
-from graphprune.rewrite.stream import copy_rest, streamed, write_cut
+from graphprune.rewrite.stream import copy_rest, shared, write_cut
 from graphprune.select import Budget, select
-from graphprune.source import open_source
+from graphprune.source import open_source, quiet
 from graphprune.trace import Inputs, Trace, trace
 
 
@@ -39,6 +43,14 @@ class Streamed:
     plan: Plan
     groups: Groups
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The checkpoint that is read and the directory that is filled."""
+
+    checkpoint: Checkpoint
+    folder: Path
 
 
 def compile_streamed(
@@ -54,63 +66,85 @@ def compile_streamed(
     minimum: int | Mapping[str, int] = 1,
     protect: Sequence[str] = (),
     seed: int = 0,
+    calibration: Calibration | None = None,
+    passes: Sequence[str | Callable[..., Any]] = (),
     plan: Plan | None = None,
     options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Streamed:
-    """Prune a checkpoint directory by a data-free method without ever holding the model; the budget is that of ``compile``.
+    """Prune a checkpoint directory without ever holding the model; the budget is that of ``compile``.
 
-    ``plan`` applies a plan made before. The result is a stock checkpoint: layers shrink alike, and the config that describes
-    them is checked to give the very graph the cut demands. Raises ModelLimit when there is none; nothing is written then.
+    A data-free method sees the weights one by one. One that runs forward passes only (wanda_sp, flap, minitron), and the repairs
+    least_squares and mean_bias, walk the graph with the weights of a few operations at a time; one that runs backward passes
+    reads each weight where autograd asks for it, and holds the activations. ``plan`` applies a plan made before. The result is
+    a stock checkpoint: layers shrink alike, and the config that describes them is checked to give the very graph the cut
+    demands. Raises ModelLimit when there is none; nothing is written then.
     """
     source = open_source(checkpoint, weights=False)
     if source.path is None or not source.path.is_dir() or not isinstance(source.model, PreTrainedModel):
         raise UserMistake(f"{checkpoint} is no checkpoint directory", fix="give the directory that save_pretrained wrote")
-    model, files, inputs = source.model, Checkpoint(source.path), source.example_inputs()
+    inputs = source.example_inputs() if calibration is None else _weightless(calibration.inputs[0])
     budget = Budget(keep, keep_of, scope, kinds, tuple(protect), round_to, minimum, True)
     notes: list[str] = []
     torch.manual_seed(seed)
-
-    def traced(model: nn.Module, example: Example) -> Trace:
-        return trace(model, example.inputs)
-
-    def on_disk(model: nn.Module, groups: Groups) -> nn.Module:
-        return put_on_disk(deepcopy(model), groups.axes.trace, files)
-
     stages = [Pass(stage) for stage in (traced, propagate, couple, narrow, stock_steps, on_disk)]
-    stages += [] if plan is not None else [find_pass(method, **_seeded(method, options or {}, seed)), Pass(select)]
-    given = {nn.Module: model, Example: Example(inputs), Emission: Emission(), Notes: Notes(notes), Budget: budget}
-    facts = run(stages, given if plan is None else {**given, Plan: plan}, progress)
-    groups, chosen = facts[Groups], facts[Plan]
-    kept = chosen.keep(groups)
-    config = static_config(model, groups.axes, kept, inputs)
-    axes = _by_file_name(groups.axes, files)
-    with streamed(out) as folder:
-        copy_rest(source.path, folder)
-        config.save_pretrained(folder)
-        chosen.save(folder / PLAN)
-        write_cut(files, axes, kept, folder)
-    return Streamed(Path(out), chosen, groups, tuple(notes))
+    stages += [] if plan is not None else [find_pass(method, **seeded(method, options or {}, seed)), Pass(select)]
+    stages = with_extras([*stages, Pass(write)], [find_pass(extra) for extra in passes])
+    given = {nn.Module: source.model, Example: Example(inputs), Emission: Emission(), Notes: Notes(notes), Budget: budget}
+    given |= {} if plan is None else {Plan: plan}
+    given |= {} if calibration is None else {Calibration: calibration}
+    with shared(out) as folder:
+        facts = run(stages, {**given, Files: Files(Checkpoint(source.path), folder)}, progress)
+        pruned: Pruned = facts[Pruned]
+        if pruned.config is None:
+            raise ModelLimit("the pruned model cannot be streamed", why=pruned.obstacle, fix="compile it in memory")
+    return Streamed(Path(out), facts[Plan], facts[Groups], tuple(notes))
 
 
-def _seeded(method: Any, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    return {"seed": seed, **options} if method == "random" else dict(options)
+def _weightless(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.to("meta") for name, value in inputs.items()}
 
 
-def put_on_disk(model: nn.Module, traced: Trace, files: Checkpoint) -> nn.Module:
-    """Let every parameter of a weightless model stand for its place in the files. Raises ModelLimit when names or shapes differ."""
-    for tensor in traced.tensors.values():
-        if tensor.kind != "parameter":
-            continue
+def on_disk(model: nn.Module, groups: Groups, files: Files) -> nn.Module:
+    """The model with every traced parameter standing for its place in the files."""
+    return opened(model, model.config, groups.axes, {}, files.checkpoint)  # type: ignore[arg-type]
+
+
+def write(model: nn.Module, groups: Groups, plan: Plan, example: Example, files: Files) -> Pruned:
+    """Fill the directory with the smaller checkpoint; what comes back stands for its files."""
+    assert isinstance(model, PreTrainedModel)
+    axes, keep = groups.axes, plan.keep(groups)
+    config = static_config(model, axes, keep, example.inputs)
+    if leads():
+        copy_rest(files.checkpoint.folder, files.folder)
+        config.save_pretrained(files.folder)
+        plan.save(files.folder / PLAN)
+        write_cut(files.checkpoint, _by_file_name(axes, files.checkpoint), keep, files.folder)
+    wait()
+    return Pruned(opened(model, config, axes, keep, Checkpoint(files.folder)), config=config)
+
+
+def opened(model: nn.Module, config: PreTrainedConfig, axes: Axes, keep: Keep, files: Checkpoint) -> nn.Module:
+    """A model of the same class whose parameters stand for tensors in the files; buffers that no file holds are computed.
+
+    Raises ModelLimit when names or shapes differ.
+    """
+    with quiet(), init_empty_weights(include_buffers=False):
+        built: nn.Module = type(model)._from_config(deepcopy(config)).train(False)  # type: ignore[attr-defined]
+    for tensor in axes.trace.tensors.values():
+        shape = tuple(axis.resized(keep) for axis in axes.tensors[tensor.name])
         name = next((name for name in tensor.names if name in files.entries), None)
-        if name is None or files.entries[name].shape != tensor.shape:
-            why = "no such tensor in the files" if name is None else f"it is {files.entries[name].shape} there, {tensor.shape} here"
+        if tensor.kind == "constant" or (tensor.kind == "buffer" and name is None):
+            continue
+        if name is None or files.entries[name].shape != shape:
+            why = "no such tensor in the files" if name is None else f"it is {files.entries[name].shape} there, {shape} here"
             raise ModelLimit(f"{tensor.name} cannot be streamed", at=str(files.folder), why=why, fix="compile it in memory")
-        parameter = OnDisk.of(files.entries[name])
+        value: Any = OnDisk.of(files.entries[name]) if tensor.kind == "parameter" else files[name]
         for alias in tensor.names:
             home, _, leaf = alias.rpartition(".")
-            model.get_submodule(home)._parameters[leaf] = parameter
-    return model
+            held: dict[str, Any] = vars(built.get_submodule(home))["_parameters" if tensor.kind == "parameter" else "_buffers"]
+            held[leaf] = value
+    return built
 
 
 def _by_file_name(axes: Axes, files: Checkpoint) -> dict[str, Any]:
@@ -147,11 +181,16 @@ def same_program(one: fx.Graph, other: fx.Graph) -> bool:
     twins: dict[fx.Node, fx.Node] = {}
     for node, twin in zip(one.nodes, other.nodes, strict=True):
         twins[node] = twin
-        if node.op != twin.op or (node.op == "call_function" and node.target is not twin.target):
+        if node.op != twin.op or (node.op == "call_function" and _operation(node) is not _operation(twin)):
             return False
         if _arguments(node, twins) != _arguments(twin):
             return False
     return True
+
+
+def _operation(node: fx.Node) -> Any:
+    """What a node calls; a reshape that need not copy is a view."""
+    return torch.ops.aten.view.default if node.target is torch.ops.aten.reshape.default else node.target
 
 
 def _arguments(node: fx.Node, twins: Mapping[fx.Node, fx.Node] | None = None) -> str:

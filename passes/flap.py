@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from graphprune import Calibration, Groups, Scores, gather_units
-from graphprune.capture import input_power, readers
+from graphprune.capture import Power, input_power, readers
 from graphprune.errors import UserMistake, nearest
+from graphprune.score import profile
 
 
 def flap(model: nn.Module, groups: Groups, calibration: Calibration, *, metric: str = "wifv", standardise: bool = True) -> Scores:
@@ -37,8 +38,7 @@ def flap(model: nn.Module, groups: Groups, calibration: Calibration, *, metric: 
     reading = readers(groups)
     for group in groups:
         for reader in reading[group.name]:
-            columns = weights[reader.weight].detach().double().movedim(reader.dim, 0).flatten(1)
-            channels = _metric(metric, columns, power[reader].variance, power[reader].square)
+            channels = _metric(metric, weights[reader.weight].detach(), reader.dim, power[reader])
             if standardise:
                 channels = (channels - channels.mean()) / channels.std().clamp_min(torch.finfo(torch.float64).tiny)
             share = gather_units(torch.ones_like(channels), reader.axis, group.factor)
@@ -46,8 +46,9 @@ def flap(model: nn.Module, groups: Groups, calibration: Calibration, *, metric: 
     return Scores(found, f"flap {metric}")
 
 
-def _metric(metric: str, columns: Tensor, variance: Tensor, square: Tensor) -> Tensor:
-    """``columns`` is the weight as (width, rows)."""
+def _metric(metric: str, weight: Tensor, dim: int, power: Power) -> Tensor:
+    """(width,): of each channel that the weight reads on ``dim``."""
     if metric == "wifn":
-        return columns.abs().mean(1) * square.sqrt()
-    return variance * columns.square().sum(1) if metric == "wifv" else variance
+        mean = profile(weight, dim, lambda block: block.double().abs()) * weight.shape[dim] / weight.numel()
+        return mean * power.square.sqrt()
+    return power.variance * profile(weight, dim, lambda block: block.double().square()) if metric == "wifv" else power.variance

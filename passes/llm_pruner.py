@@ -25,7 +25,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from graphprune import Axes, Calibration, Groups, Scores, combine, gather_units, see_gradients
+from graphprune import Axes, Calibration, Groups, Scores, combine, gather_units, see_gradients, to_units
 from graphprune.axes import Factor
 from graphprune.capture import one_by_one
 from graphprune.errors import UserMistake, nearest
@@ -85,7 +85,11 @@ def _saliency(order: str, weight: Tensor, mean: Tensor, square: Tensor | None) -
 
 
 def _units(saliency: Tensor, axes: Axes, name: str, dim: int, factor: Factor, vectors: str) -> Tensor:
-    """Vector sums, their absolute values, and those summed into units; saliencies of the other orders are positive anyway."""
+    """Vector sums, their absolute values, and those summed into units; saliencies of the other orders are positive anyway.
+
+    A whole tensor, of a layer, is one vector.
+    """
+    if vectors == "unit" or dim < 0:
+        return to_units(saliency, axes.tensors[name], dim, factor).abs()
     sums = saliency.movedim(dim, 0).reshape(saliency.shape[dim], -1).sum(1, dtype=torch.float64)
-    axis = axes.tensors[name][dim]
-    return gather_units(sums.abs(), axis, factor) if vectors == "each" else gather_units(sums, axis, factor).abs()
+    return gather_units(sums.abs(), axes.tensors[name][dim], factor)

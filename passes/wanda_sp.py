@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from graphprune import Calibration, Groups, Scores, gather_units
 from graphprune.capture import input_power, readers
+from graphprune.score import profile
 
 
 def wanda_sp(model: nn.Module, groups: Groups, calibration: Calibration) -> Scores:
@@ -24,7 +25,8 @@ def wanda_sp(model: nn.Module, groups: Groups, calibration: Calibration) -> Scor
     reading = readers(groups)
     for group in groups:
         for reader in reading[group.name]:
-            columns = weights[reader.weight].detach().double().abs().movedim(reader.dim, 0).flatten(1).mean(1)
+            weight = weights[reader.weight].detach()
+            columns = profile(weight, reader.dim, lambda block: block.double().abs()) * weight.shape[reader.dim] / weight.numel()
             units = gather_units(columns * power[reader].square.sqrt(), reader.axis, group.factor)
             found[group.name] = found.get(group.name, 0) + units
     return Scores(found, "wanda_sp")

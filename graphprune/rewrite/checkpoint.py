@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from graphprune.errors import ModelLimit, UserMistake, first_line
+from graphprune.facts import Pruned
 from graphprune.rewrite import reshaped
 
 RECORD = "graphprune.json"
@@ -64,9 +65,9 @@ def save_stock(model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def save_differing(model: PreTrainedModel, stock: PreTrainedModel, attributes: Mapping[str, Any], folder: Path) -> None:
+def save_differing(model: PreTrainedModel, stock: nn.Module, pruned: Pruned, folder: Path) -> None:
     """A transformers model that no config describes: weights, the record of sizes, and modelling code that reads it."""
-    record = make_record(model, stock, attributes)
+    record = make_record(model, stock, pruned)
     kept = model.config.to_dict()
     try:
         model.config.update({"pruned": record, "auto_map": _auto_map(type(model))})
@@ -79,16 +80,19 @@ def save_differing(model: PreTrainedModel, stock: PreTrainedModel, attributes: M
     (folder / RECORD).write_text(json.dumps({"class": _path(type(model))} | record))
 
 
-def save_plain(model: nn.Module, stock: nn.Module, attributes: Mapping[str, Any], folder: Path, factory: str | None = None) -> None:
+def save_plain(model: nn.Module, stock: nn.Module, pruned: Pruned, folder: Path, factory: str | None = None) -> None:
     """A plain module: its state and the record. ``factory`` says how to build the original."""
     state = {name: tensor.contiguous() for name, tensor in _distinct(model).items()}
     save_file(state, folder / WEIGHTS)
-    record = make_record(model, stock, attributes)
+    record = make_record(model, stock, pruned)
     (folder / RECORD).write_text(json.dumps({"class": _path(type(model)), "factory": factory} | record))
 
 
-def make_record(model: nn.Module, stock: nn.Module, attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """What a stock instance must change to become ``model``: attributes, shapes, and buffers that no checkpoint holds."""
+def make_record(model: nn.Module, stock: nn.Module, pruned: Pruned) -> dict[str, Any]:
+    """What a stock instance must change to become ``model``: layers, attributes, shapes, and buffers that no checkpoint holds.
+
+    ``stock`` has lost the layers already.
+    """
     saved = model.state_dict(keep_vars=True)
     before = dict(stock.named_parameters()) | dict(stock.named_buffers())
     after = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -98,7 +102,8 @@ def make_record(model: nn.Module, stock: nn.Module, attributes: Mapping[str, Any
         if tensor.numel() > LARGEST_BUFFER:
             raise ModelLimit(f"the buffer {name} is cut and too large for a record", fix='emit="graph"')
     return {
-        "attributes": attributes,
+        "elements": pruned.elements or {},
+        "attributes": pruned.attributes or {},
         "shapes": {name: list(tensor.shape) for name, tensor in changed.items() if name in saved},
         "buffers": {name: tensor.tolist() for name, tensor in unsaved.items()},
     }

@@ -1,30 +1,33 @@
 """A model, its axes and what each factor keeps in, a copy of the model with smaller tensors and fitting attributes out.
 
 Plain ``nn`` layers say their sizes in known attributes. For every other module the evidence is the graph: a literal size that
-changed was executed inside some module's forward, so an integer attribute of that module with the old value is where it came
-from. Nothing is taken on trust: ``accept`` runs each guess against the reference.
+changed was executed inside some module's forward, so a whole number with the old value that this module (else one around it)
+keeps is where it came from; so may be one that equals the length of an axis that shrank there. Nothing is taken on trust:
+``accept`` runs each guess against the reference.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations, islice
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from graphprune.axes import Axis, Keep
 from graphprune.errors import ModelLimit
 from graphprune.propagate import Axes, source_line
-from graphprune.rewrite.graph import cut, new_literals
-
-Attributes = dict[str, dict[str, Any]]
-"""New values of plain attributes, by module name."""
+from graphprune.rewrite.attributes import Attributes, Path, attributes_between, is_plain, numbers, read, write
+from graphprune.rewrite.graph import new_literals
 
 TRIALS = 64
+"""Choices of attributes that are tried for each kind of evidence."""
+
 LAYER_ATTRIBUTES: Mapping[type[nn.Module], Mapping[str, Callable[[Any], Any]]] = {
     nn.Linear: {"in_features": lambda m: m.weight.shape[1], "out_features": lambda m: m.weight.shape[0]},
     nn.Embedding: {"num_embeddings": lambda m: m.weight.shape[0], "embedding_dim": lambda m: m.weight.shape[1]},
@@ -40,73 +43,115 @@ LAYER_ATTRIBUTES: Mapping[type[nn.Module], Mapping[str, Callable[[Any], Any]]] =
     nn.LayerNorm: {"normalized_shape": lambda m: tuple(m.weight.shape) if m.weight is not None else m.normalized_shape},
     nn.RMSNorm: {"normalized_shape": lambda m: tuple(m.weight.shape) if m.weight is not None else m.normalized_shape},
     nn.GroupNorm: {"num_channels": lambda m: m.weight.shape[0] if m.weight is not None else m.num_channels},
+    nn.RNNBase: {
+        "input_size": lambda m: m.weight_ih_l0.shape[1],
+        "hidden_size": lambda m: m.hidden_size if m.proj_size else m.weight_hh_l0.shape[1],
+    },
+    nn.RNNCellBase: {"input_size": lambda m: m.weight_ih.shape[1], "hidden_size": lambda m: m.weight_hh.shape[1]},
+    nn.EmbeddingBag: {"num_embeddings": lambda m: m.weight.shape[0], "embedding_dim": lambda m: m.weight.shape[1]},
+    nn.Bilinear: {
+        "in1_features": lambda m: m.weight.shape[1],
+        "in2_features": lambda m: m.weight.shape[2],
+        "out_features": lambda m: m.weight.shape[0],
+    },
     nn.PReLU: {"num_parameters": lambda m: m.weight.shape[0]},
 }
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """A whole number that a module keeps; ``mark`` is the same for two ways to one place (a configuration that modules share)."""
+
+    module: str
+    path: Path
+    mark: int
+
+    @property
+    def kind(self) -> tuple[str, Path]:
+        """Equal modules of equal layers are decided alike."""
+        return re.sub(r"\d+", "#", self.module), self.path
+
+    def __str__(self) -> str:
+        return ".".join(map(str, (self.module, *self.path))).lstrip(".")
+
+
+@dataclass(frozen=True, slots=True)
 class Evidence:
-    """A literal size that changed inside a module's forward, and the attributes that may have held it."""
+    """A size that changed inside some module's forward, and the places it may have come from."""
 
     node: fx.Node
-    before: Any
-    after: Any
-    places: tuple[tuple[str, str], ...]
+    before: int
+    after: int
+    places: tuple[Place, ...]
 
 
-def copy_cut(model: nn.Module, axes: Axes, keep: Keep) -> nn.Module:
-    """A deep copy of ``model`` whose tensors are cut on the way: ties stay ties, the original is untouched."""
+Choice = dict[Place, int]
+"""New values of some places."""
+
+
+def copy_cut(model: nn.Module, axes: Axes, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A deep copy of ``model`` over the cut ``tensors``: ties stay ties, what was not cut is copied, the original is untouched."""
     memo: dict[int, Any] = {}
     known = {alias: traced.name for traced in axes.trace.tensors.values() for alias in traced.names}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in known:
-            smaller = cut(tensor.detach(), axes.tensors[known[name]], keep)
+            smaller = tensors[known[name]].detach()
             smaller = smaller.clone() if smaller.data_ptr() == tensor.data_ptr() else smaller
             is_parameter = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(smaller, requires_grad=tensor.requires_grad) if is_parameter else smaller
     return deepcopy(model, memo)
 
 
-def emit_module(model: nn.Module, axes: Axes, keep: Keep, accept: Callable[[nn.Module], bool]) -> tuple[nn.Module, Attributes]:
-    """The smaller model of the original classes, and every attribute that had to change.
+def over(model: nn.Module, smaller: nn.Module) -> nn.Module:
+    """A copy of ``model``, whatever became of the attributes of ``smaller``, over the very tensors of ``smaller``."""
+    mine = [*model.named_parameters(), *model.named_buffers()]
+    theirs = [*smaller.named_parameters(), *smaller.named_buffers()]
+    return deepcopy(model, {id(old): new for (_, old), (_, new) in zip(mine, theirs, strict=True)})
+
+
+def emit_module(
+    model: nn.Module, smaller: nn.Module, axes: Axes, keep: Keep, accept: Callable[[nn.Module], bool]
+) -> tuple[nn.Module, Attributes]:
+    """The smaller model of the original classes, and every attribute that had to change; ``smaller`` has the cut tensors.
 
     Raises ModelLimit, naming the model's line that stands in the way, when no choice of attributes makes it compute what the
     reference does.
     """
-    smaller = copy_cut(model, axes, keep)
-    evidence = list(_evidence(smaller, axes, keep))
-    for choice in _choices(evidence):
-        changed = _apply(smaller, choice)
-        _fit_layers(smaller)
-        if accept(smaller):
-            return smaller, _attributes(model, smaller)
-        _undo(smaller, changed)
-    raise _hidden(model, evidence, axes, keep)
+    literals = list(_literals(axes, keep))
+    tried: set[frozenset[tuple[Place, int]]] = set()
+    found: list[Evidence] = []
+    for more in (_evidence(smaller, literals, inner=True), _evidence(smaller, literals), _evidence(smaller, _lengths(axes, keep))):
+        found += more
+        for choice in _choices(found):
+            key = frozenset(choice.items())
+            if key not in tried and accept(emitted := _changed(smaller, choice)):
+                return emitted, attributes_between(model, emitted)
+            tried.add(key)
+    raise _hidden(model, found[: len(literals)], axes, keep)
 
 
-def _attributes(model: nn.Module, smaller: nn.Module) -> Attributes:
-    """Plain attributes in which the two differ."""
-    return {
-        name: changed
-        for (name, old), (_, new) in zip(model.named_modules(), smaller.named_modules(), strict=True)
-        if (changed := {k: v for k, v in vars(new).items() if _is_plain(v) and vars(old).get(k) != v})
-    }
+def _changed(smaller: nn.Module, choice: Choice) -> nn.Module:
+    """A copy with new attributes over the same tensors: what a copy or a pickle makes of a module is what must be right."""
+    held = {place: read(smaller.get_submodule(place.module), place.path) for place in choice}
+    try:
+        for place, value in choice.items():
+            write(smaller.get_submodule(place.module), place.path, value)
+        emitted = deepcopy(smaller, {id(tensor): tensor for tensor in (*smaller.parameters(), *smaller.buffers())})
+    finally:
+        for place, value in held.items():
+            write(smaller.get_submodule(place.module), place.path, value)
+    _fit_layers(emitted)
+    return emitted
 
 
 def adopt(smaller: nn.Module, like: nn.Module) -> None:
     """Give every module the plain attributes that the constructor of ``like``, the same architecture, gives it."""
     for (_, mine), (_, theirs) in zip(smaller.named_modules(), like.named_modules(), strict=True):
         for name, value in vars(theirs).items():
-            if _is_plain(value) and name != "training" and vars(mine).get(name) != value:
+            if is_plain(value) and name != "training" and vars(mine).get(name) != value:
                 setattr(mine, name, value)
         if hasattr(mine, "config") and hasattr(theirs, "config"):
             mine.config = theirs.config
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return all(_is_plain(part) for part in value)
-    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _first_size(module: nn.Module) -> int:
@@ -129,12 +174,31 @@ def _is_transposed(module: nn.Module) -> bool:
 # ── evidence ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _evidence(model: nn.Module, axes: Axes, keep: Keep) -> Iterator[Evidence]:
-    """Where each changed literal may have come from: the innermost module on its stack with an attribute of the old value."""
+def _literals(axes: Axes, keep: Keep) -> Iterator[tuple[fx.Node, int, int]]:
+    """Each literal size that changes."""
     for node in axes.literals:
-        for before, after in new_literals(axes, node, keep):
-            places = next((found for name in _stack(node) if (found := _holding(model, name, before))), ())
-            yield Evidence(node, before, after, tuple((name, attribute) for name, attribute in places))
+        yield from ((node, before, after) for before, after in new_literals(axes, node, keep) if before != after)
+
+
+def _lengths(axes: Axes, keep: Keep) -> Iterator[tuple[fx.Node, int, int]]:
+    """Each length of an activation that changes."""
+    for node, value in axes.nodes.items():
+        for axis in value or () if node.op == "call_function" else ():
+            if isinstance(axis, Axis) and axis.shrinks(keep):
+                yield node, axis.size, axis.resized(keep)
+
+
+def _evidence(model: nn.Module, changes: Iterable[tuple[fx.Node, int, int]], inner: bool = False) -> list[Evidence]:
+    """Where each changed size may have come from: the modules on its stack, or the innermost of them, that keep the old value."""
+    kept = cache(lambda name: _kept(model, name))
+    first: dict[int, Place] = {}
+    found = []
+    for node, before, after in changes:
+        held = [kept(name).get(before, ()) for name in _stack(node)]
+        held = [places for places in held if places]
+        places = dict.fromkeys(first.setdefault(place.mark, place) for row in (held[:1] if inner else held) for place in row)
+        found.append(Evidence(node, before, after, tuple(places)))
+    return found
 
 
 def _stack(node: fx.Node) -> list[str]:
@@ -142,68 +206,41 @@ def _stack(node: fx.Node) -> list[str]:
     return [name for name, _ in reversed((node.meta.get("nn_module_stack") or {}).values())]
 
 
-def _holding(model: nn.Module, name: str, value: Any) -> list[tuple[str, str]]:
+def _kept(model: nn.Module, name: str) -> dict[int, list[Place]]:
+    """The places of a module by what they hold."""
+    found: dict[int, list[Place]] = defaultdict(list)
     try:
-        attributes = vars(model.get_submodule(name))
-    except AttributeError:
-        return []
-    return [(name, key) for key, held in attributes.items() if key != "training" and _holds(held, value)]
-
-
-def _holds(held: Any, value: Any) -> bool:
-    if isinstance(held, tuple | list):
-        return any(_holds(part, value) for part in held)
-    return isinstance(held, int) and not isinstance(held, bool) and held == value
-
-
-def _choices(evidence: Sequence[Evidence]) -> Iterator[dict[tuple[str, str], tuple[Any, Any]]]:
-    """Assignments of attributes: everything that may have changed first, then without some of it, the fewest first.
-
-    Equal modules of equal layers are decided alike.
-    """
-    change = {place: (item.before, item.after) for item in evidence for place in item.places}
-    keys = sorted({_kind_of_place(place) for place in change})
-    dropped = (drop for count in range(len(keys) + 1) for drop in combinations(keys, count))
-    for drop in islice(dropped, TRIALS):
-        yield {place: new for place, new in change.items() if _kind_of_place(place) not in drop}
-
-
-def _kind_of_place(place: tuple[str, str]) -> tuple[str, str]:
-    return re.sub(r"\d+", "#", place[0]), place[1]
-
-
-def _apply(model: nn.Module, choice: Mapping[tuple[str, str], tuple[Any, Any]]) -> list[tuple[nn.Module, str, Any]]:
-    changed = []
-    for (name, attribute), (before, after) in choice.items():
         module = model.get_submodule(name)
-        held = getattr(module, attribute)
-        changed.append((module, attribute, held))
-        setattr(module, attribute, _exchanged(held, before, after))
-    return changed
+    except AttributeError:
+        return found
+    for path, value, mark in numbers(module):
+        found[value].append(Place(name, path, mark))
+    return found
 
 
-def _undo(model: nn.Module, changed: Sequence[tuple[nn.Module, str, Any]]) -> None:
-    for module, attribute, held in changed:
-        setattr(module, attribute, held)
-
-
-def _exchanged(held: Any, before: Any, after: Any) -> Any:
-    if isinstance(held, tuple | list):
-        return type(held)(_exchanged(part, before, after) for part in held)
-    return after if held == before and not isinstance(held, bool) else held
+def _choices(evidence: Sequence[Evidence]) -> Iterator[Choice]:
+    """Assignments of places: everything that may have changed first, then without some of it, the fewest first."""
+    change: Choice = {}
+    for item in evidence:
+        for place in item.places:
+            change.setdefault(place, item.after)
+    kinds = sorted({place.kind for place in change}, key=str)
+    dropped = (drop for count in range(len(kinds) + 1) for drop in combinations(kinds, count))
+    for drop in islice(dropped, TRIALS):
+        yield {place: value for place, value in change.items() if place.kind not in drop}
 
 
 def _hidden(model: nn.Module, evidence: Sequence[Evidence], axes: Axes, keep: Keep) -> ModelLimit:
     """The line that stands in the way: one whose size no attribute holds, or two that want different values of one attribute."""
     lost = next((item for item in evidence if not item.places), None)
-    wanted: dict[tuple[str, str], Evidence] = {}
+    wanted: dict[Place, Evidence] = {}
     clash = next((i for i in evidence for place in i.places if wanted.setdefault(place, i).after != i.after), None)
-    if lost is not None:
+    if clash is not None:
+        place = next(place for place in clash.places if wanted[place].after != clash.after)
+        where, other = source_line(clash.node), wanted[place]
+        why = f"{place} would have to be {clash.after} there and {other.after} at {source_line(other.node)}"
+    elif lost is not None:
         where, why = source_line(lost.node), f"{lost.before} must become {lost.after} there, and no attribute holds it"
-    elif clash is not None:
-        other = next(wanted[place] for place in clash.places if wanted[place].after != clash.after)
-        where = source_line(clash.node)
-        why = f"{clash.places[0][1]} would have to be {clash.after} there and {other.after} at {source_line(other.node)}"
     else:
         where, why = _first_cut(axes, keep), "its code computes a size that follows from no attribute"
     fix = 'emit="graph", or keep these kinds whole'

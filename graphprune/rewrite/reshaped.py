@@ -10,17 +10,47 @@ from typing import Any
 import torch
 from torch import nn
 
+Elements = dict[str, list[int]]
+"""The elements that stay, by the stack of modules they stand in."""
+
 
 def reshape(model: nn.Module, record: dict[str, Any]) -> None:
-    """Give ``model`` the attributes, empty tensors of the shapes, and values of unsaved buffers that ``record`` lists."""
+    """Give ``model`` the layers, attributes, empty tensors of the shapes, and values of unsaved buffers that ``record`` lists."""
+    for stack, kept in record.get("elements", {}).items():
+        modules = model.get_submodule(stack)._modules
+        elements = [modules[str(element)] for element in kept]
+        modules.clear()
+        modules.update({str(place): element for place, element in enumerate(elements)})
     for name, attributes in record["attributes"].items():
-        for attribute, value in attributes.items():
-            held = getattr(model.get_submodule(name), attribute, None)
-            setattr(model.get_submodule(name), attribute, tuple(value) if isinstance(held, tuple) else value)
+        for path, value in attributes.items():
+            _set(model.get_submodule(name), path.split("/"), value)
     for name, shape in record["shapes"].items():
         _exchange(model, name, lambda old, shape=shape: torch.empty(shape, dtype=old.dtype, device=old.device))
     for name, values in record["buffers"].items():
         _exchange(model, name, lambda old, values=values: torch.tensor(values, dtype=old.dtype))
+
+
+def _set(owner: Any, path: list[str], value: Any) -> None:
+    """Change what a path of attributes, keys and places leads to."""
+    step: Any = path[0]
+    if isinstance(owner, (dict, list)):
+        keys = owner.keys() if isinstance(owner, dict) else range(len(owner))
+        step = next(key for key in keys if str(key) == step)
+    held = owner[step] if isinstance(owner, (dict, list)) else getattr(owner, step, None)
+    if len(path) > 1:
+        _set(held, path[1:], value)
+    elif isinstance(owner, (dict, list)):
+        owner[step] = _like(held, value)
+    else:
+        object.__setattr__(owner, step, _like(held, value))
+
+
+def _like(held: Any, value: Any) -> Any:
+    """JSON knows lists only: what was a tuple becomes one again."""
+    if not isinstance(held, (tuple, list)) or not isinstance(value, (tuple, list)) or len(held) != len(value):
+        return tuple(value) if isinstance(held, tuple) else value
+    parts = [_like(old, new) for old, new in zip(held, value, strict=True)]
+    return tuple(parts) if isinstance(held, tuple) else parts
 
 
 def _exchange(model: nn.Module, name: str, change: Any) -> None:
