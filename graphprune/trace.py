@@ -16,6 +16,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import ModelLimit, first_line
+from graphprune.known import Known
 from graphprune.repeat import Repeats, write_out
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -86,8 +87,17 @@ def trace(model: nn.Module, example_inputs: Inputs, *, dynamic: bool = False, re
 
 def _plain(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool) -> Trace:
     """Every block traced."""
-    program = _export(model, args, kwargs, dynamic)
+    try:
+        program = _export(model, args, kwargs, dynamic)
+    except ModelLimit:
+        program = _export_known(model, args, kwargs)
     return _as_trace(model, program, inline(program.graph_module), args, kwargs)
+
+
+def _export_known(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+    """Once more for a model that asks its own constants for values, which a trace alone cannot tell."""
+    with Known():
+        return _export(model, args, kwargs, dynamic=False)
 
 
 def _repeated(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace | None:

@@ -1,0 +1,78 @@
+"""A model may ask what follows from sizes alone while it is traced; what follows from inputs stays unknown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphprune.errors import ModelLimit
+from graphprune.execute import execute, tensors_of
+from graphprune.trace import trace
+
+pytestmark = pytest.mark.filterwarnings("ignore:The tensor attributes")
+
+
+class Asks(nn.Module):
+    """A linear layer, then what a function makes of its output."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.one, self.function = nn.Linear(4, 5), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.one(x))
+
+
+def of_ones(x: Tensor) -> Tensor:
+    mask = torch.ones(x.shape[0], dtype=torch.long)
+    return x * 2 if (mask > 0).all() else x
+
+
+def of_a_mask_written_to(x: Tensor) -> Tensor:
+    mask = torch.ones_like(x[:, 0])
+    mask[1:] = 0
+    mask[:2] += 3
+    return x * mask.sum().item()
+
+
+def of_places(x: Tensor) -> Tensor:
+    for place in (torch.arange(4) % 2).nonzero():
+        x = x + x[:, place.item(), None]
+    return x
+
+
+def of_a_where(x: Tensor) -> Tensor:
+    (places,) = torch.where(torch.eye(3)[1] > 0)
+    return x[:, : len(places) + 1]
+
+
+@pytest.mark.parametrize("function", [of_ones, of_a_mask_written_to, of_places, of_a_where])
+def test_what_follows_from_sizes_is_known(function: Callable[[Tensor], Tensor]) -> None:
+    model, x = Asks(function), torch.randn(3, 4)
+    traced = trace(model, (x,))
+    (found,) = execute(traced, tensors_of(model, traced), [x])
+    torch.testing.assert_close(found, model(x))
+
+
+def of_the_input(x: Tensor) -> Tensor:
+    return x * 2 if (x > 0).any() else x
+
+
+def of_a_mask_the_input_wrote_to(x: Tensor) -> Tensor:
+    mask = torch.zeros(3)
+    view = mask[:2]
+    view += x[0, 0]
+    return x * 2 if mask.any() else x
+
+
+def of_chance(x: Tensor) -> Tensor:
+    return x * 2 if torch.rand(3).sum() > 1 else x
+
+
+@pytest.mark.parametrize("function", [of_the_input, of_a_mask_the_input_wrote_to, of_chance])
+def test_what_follows_from_inputs_or_chance_is_not(function: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(ModelLimit, match="cannot be exported"):
+        trace(Asks(function), (torch.randn(3, 4),))
