@@ -171,6 +171,12 @@ row("matmul vector matrix", torch.matmul, "a, a b -> b", X(3), P(3, 4), roles="c
 row("matmul matrix vector", torch.matmul, "a b c, c -> a b", X(2, 3, 4), P(4), roles="ffc, c")
 row("matmul broadcast", torch.matmul, "1 a b c, d a c e -> d a b e", X(1, 2, 3, 4), X(5, 2, 4, 6), roles="BBFC, BBCF")
 row("matmul ranks", torch.matmul, "a b c d, b d e -> a b c e", X(2, 3, 4, 5), P(3, 5, 6), roles="fbfc, bcf")
+row("tensordot", lambda x, w: torch.tensordot(x, w, dims=2), "a b c, b c d -> a d", X(2, 3, 4), P(3, 4, 5), roles="fcc, ccf")
+row("tensordot of any dimensions", lambda x, w: torch.tensordot(x, w, dims=([1], [2])), "a b c, d e b -> a c d e", X(2, 3, 4), P(5, 6, 3), roles="fcf, ffc")
+row("tensordot of none", lambda x, w: torch.tensordot(x, w, dims=0), "a, b -> a b", X(2), P(3))
+row("kron", torch.kron, "a b, c d -> a*c b*d", P(2, 3), P(4, 5))
+row("kron of a vector", torch.kron, "a b, c -> a b*c", P(2, 3), P(5))
+row("cdist", torch.cdist, "a b c, d c -> a b d", X(2, 3, 4), P(5, 4), roles="ffc, fc")
 row("einsum", lambda x, w: torch.einsum("bti,oi->bto", x, w), "a b c, d c -> a b d", X(2, 3, 4), P(5, 4), roles="ffc, fc")
 row("einsum spaces", lambda x, w: torch.einsum("b t i, o i -> b o t", x, w), "a b c, d c -> a d b", X(2, 3, 4), P(5, 4), roles="ffc, fc")
 row("einsum transposed", lambda x: torch.einsum("abc->cab", x), "a b c -> c a b", X(2, 3, 4))
@@ -200,9 +206,13 @@ row("sdpa one key head", attend, "a b c d, a 1 e~ d, a 1 e~ f -> a b c f", X(2, 
 
 row("conv1d", F.conv1d, "a b 9, c b 3, c -> a c 7", X(2, 4, 9), P(6, 4, 3), P(6), roles=".c., fc., .")
 row("conv1d unbatched", F.conv1d, "a 9, b a 3 -> b 7", X(4, 9), P(6, 4, 3), roles="c., fc.")
+row("conv1d of points", F.conv1d, "a b c, d b 1, d -> a d c", X(2, 4, 5), P(6, 4, 1), P(6), roles=".c., fc., .")
+row("conv1d of points, with strides", lambda x, w: F.conv1d(x, w, stride=2), "a b 9, c b 1 -> a c 5", X(2, 4, 9), P(6, 4, 1), roles=".c., fc.")
+row("conv1d of points, padded", lambda x, w: F.conv1d(x, w, padding=1), "a b 5, c b 1 -> a c 7", X(2, 4, 5), P(6, 4, 1), roles=".c., fc.")
 row("conv1d same", lambda x, w: F.conv1d(x, w, padding="same"), "a b 9, c b 3 -> a c 9", X(2, 4, 9), P(6, 4, 3), roles=".c., fc.")
 row("conv1d grouped", lambda x, w: F.conv1d(x, w, groups=2), "a b*c 9, b*d c 3 -> a b*d 7", X(2, 8, 9), P(6, 4, 3), roles=".c., fc.")
 row("conv2d", lambda x, w, b: F.conv2d(x, w, b, stride=2, padding=1), "a b 7 7, c b 3 3, c -> a c 4 4", X(2, 4, 7, 7), P(6, 4, 3, 3), P(6), roles=".c.., fc.., .")
+row("conv2d of rows", lambda x, w: F.conv2d(x, w, padding=(0, 1)), "a b c 7, d b 1 3 -> a d c 7", X(2, 4, 5, 7), P(6, 4, 1, 3), roles=".c.., fc..")
 row("conv2d grouped", lambda x, w, b: F.conv2d(x, w, b, groups=2), "a b*c 5 5, b*d c 3 3, b*d -> a b*d 3 3", X(2, 8, 5, 5), P(6, 4, 3, 3), P(6), roles=".c.., fc.., .")
 row("conv2d depthwise", lambda x, w, b: F.conv2d(x, w, b, groups=4), "a b 5 5, b 1 3 3, b -> a b 3 3", X(2, 4, 5, 5), P(4, 1, 3, 3), P(4), roles=".c.., fc.., .")
 row("conv2d depth multiplier", lambda x, w: F.conv2d(x, w, groups=4), "a b 5 5, b*c 1 3 3 -> a b*c 3 3", X(2, 4, 5, 5), P(12, 1, 3, 3), roles=".c.., fc..")
@@ -309,7 +319,10 @@ row("repeat_interleave size", lambda x: x.repeat_interleave(3, dim=-1, output_si
 row("repeat_interleave flat", lambda x: x.repeat_interleave(3), "2 4 -> 24", X(2, 4))
 row("repeat_interleave data", lambda x: torch.repeat_interleave(x, torch.tensor([1, 2, 0, 1]), dim=1, output_size=4), "2 4 -> 2 4", X(2, 4))
 row("flip", lambda x: x.flip(1), "a 4 b -> a 4 b", X(2, 4, 3))
-row("roll", lambda x: x.roll(1, 2), "a b 3 -> a b 3", X(2, 4, 3))
+row("roll", lambda x: x.roll(2, 2), "a b c+d -> a b d+c", X(2, 4, 5))
+row("roll back", lambda x: x.roll((-2, 1), (1, 2)), "a b+c d+1 -> a c+b 1+d", X(2, 7, 4))
+row("roll around", lambda x: x.roll(4, 1), "a 3 -> a 3", X(2, 3))
+row("rot90", lambda x: x.rot90(1, (1, 2)), "a 4 3 b -> a 3 4 b", X(2, 4, 3, 5))
 row("roll flat", lambda x: x.roll(1), "2 4 -> 2 4", X(2, 4))
 row("tril", lambda x: x.tril(), "a 4 3 -> a 4 3", X(2, 4, 3))
 row("triu", lambda x: x.triu(1), "a 4 3 -> a 4 3", X(2, 4, 3))
@@ -317,6 +330,8 @@ row("diff", lambda x: x.diff(dim=1), "a 4 b -> a 3 b", X(2, 4, 3))
 row("diff prepended", lambda x, y: x.diff(dim=1, prepend=y), "2 4, 2 1 -> 2 4", X(2, 4), X(2, 1))
 row("cumprod", lambda x: x.cumprod(1), "a 4 b -> a 4 b", X(2, 4, 3))
 row("fft", lambda x: torch.view_as_real(torch.fft.rfft(x, dim=1)), "a 4 b -> a 3 b 2", X(2, 4, 3))
+row("fft of planes", lambda x: torch.fft.irfft2(torch.fft.rfft2(x), s=(4, 6)), "a b 4 6 -> a b 4 6", X(2, 3, 4, 6))
+row("fft shifted", lambda x: torch.fft.fftshift(x, dim=1), "a 4 b -> a 4 b", X(2, 4, 3))
 row("unfold", lambda x: x.unfold(1, 3, 1), "a 6 b -> a 4 b 3", X(2, 6, 5))
 row("view_as_complex", lambda x: torch.view_as_real(torch.view_as_complex(x) * 2j), "a b 2 -> a b 2", X(3, 4, 2))
 
@@ -458,6 +473,7 @@ row("eye", lambda x: x @ torch.eye(4, dtype=torch.float64), "a b -> a c", X(3, 4
 # ── indexing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 row("embedding", lambda i, w: F.embedding(i, w), "a b, 9 c -> a b c", I(2, 3, below=9), P(9, 4), roles=".., .f")
+row("embedding_bag", lambda i, w: F.embedding_bag(i, w, mode="sum"), "2 3, 9 a -> 2 a", I(2, 3, below=9), P(9, 4), roles=".., .f")
 row("index_select", lambda x, i: x.index_select(1, i), "a 4 b, c -> a c b", X(2, 4, 3), I(5, below=4))
 row("index_select scalar", lambda x, i: x.index_select(1, i), "a 4, () -> a 1", X(2, 4), I(below=4))
 row("gather", lambda x, i: x.gather(1, i), "a 4, a b -> a b", X(2, 4), I(2, 3, below=4))
@@ -483,7 +499,12 @@ row("index by masks", lambda x, m, i: x[m, i].sum(), "4 5, 4, 1 -> ()", X(4, 5),
 row("nonzero", lambda x: torch.where(x)[0].sum(), "4 -> ()", B(4))
 row("index table", lambda i, w: w[i.view(-1)].view(3, 3, 5), "a b, 9 c -> a b c", I(3, 3, below=9), P(9, 5))
 row("unsafe_index", lambda x, i: aten._unsafe_index(x, [None, i]), "a 4, b -> a b", X(2, 4), I(5, below=4))
-row("index_put", lambda x, i, y: x.clone().index_put((i,), y), "4 3, 2, 2 3 -> 4 3", X(4, 3), I(2, below=1), X(2, 3), values=False)
+row("index_put", lambda x, i, y: x.clone().index_put((i,), y), "4 a, 2, 2 a -> 4 a", X(4, 3), I(2, below=4), X(2, 3))
+row("index_put behind", lambda x, i, y: _written(x.clone(), (slice(None), i), y), "a 4 b, 2, 2 b -> a 4 b", X(3, 4, 5), I(2, below=4), X(2, 5))
+row("index_put apart", lambda x, i, j, y: _written(x.clone(), (i, slice(None), j), y), "4 a 5 b, 2, 2, 2 a b -> 4 a 5 b", X(4, 3, 5, 6), I(2, below=4), I(2, below=5), X(2, 3, 6))
+row("index_put a mask", lambda x, m, y: _written(x.clone(), (m,), y), "4 5 a, 4 5, a -> 4 5 a", X(4, 5, 3), B(4, 5), X(3))
+row("index_put a number", lambda x, i: _written(x.clone(), (i,), 2.0), "4 a, 2 -> 4 a", X(4, 3), I(2, below=4))
+row("index_put masks", lambda x, m, i, y: _written(x.clone(), (m, i), y), "4 5, 4, 1, () -> 4 5", X(4, 5), B(4), I(1, below=5), X())
 row("masked_scatter", lambda x, m, y: x.masked_scatter(m, y), "3 4, 3 4, 12 -> 3 4", X(3, 4), B(3, 4), X(12))
 row("slice_scatter", lambda x, y: x.slice_scatter(y, 1, 2, 4), "a 6 b, a 2 b -> a 6 b", X(2, 6, 3), X(2, 2, 3))
 row("select_scatter", lambda x, y: x.select_scatter(y, 1, 2), "a 6 b, a b -> a 6 b", X(2, 6, 3), X(2, 3))
@@ -494,6 +515,11 @@ row("topk values", lambda x: x.topk(2, 1, sorted=False).values.sum(1), "a b~ -> 
 row("sort", lambda x: x.sort(0), "5 a -> 5 a, 5 a", X(5, 3), roles="r.")
 row("argsort", lambda x: x.argsort(), "a 5 -> a 5", X(3, 5), roles=".r")
 row("kthvalue", lambda x: x.kthvalue(1, 1), "a 5 -> a, a", X(3, 5), roles=".r")
+
+
+def _written(x: Tensor, places: Any, y: Any) -> Tensor:
+    x[places] = y
+    return x
 
 
 def _assigned(x: Tensor, y: Tensor) -> Tensor:
@@ -551,6 +577,11 @@ row("lstm both ways", lambda *t: _lstm(*t, layers=1, both=True), "3 a b, 2 a c, 
     X(3, 2, 5), X(2, 2, 4), X(2, 2, 4), P(16, 5), P(16, 4), P(16), P(16), P(16, 5), P(16, 4), P(16), P(16), roles="..c, ..., ..., fc, fc, ., ., fc, fc, ., .")
 row("lstm projected", _lstm, "3 2 5, 1 2 3, 1 2 4, 16 5, 16 3, 16, 16, 3 4 -> 3 2 3, 1 2 3, 1 2 4",
     X(3, 2, 5), X(1, 2, 3), X(1, 2, 4), P(16, 5), P(16, 3), P(16), P(16), P(3, 4))
+row("lstm_cell", lambda x, h, c, *w: torch.lstm_cell(x, (h, c), *w), "a b, a c, a c, c+c+c+c b, c+c+c+c c, c+c+c+c, c+c+c+c -> a c, a c",
+    X(2, 5), X(2, 4), X(2, 4), P(16, 5), P(16, 4), P(16), P(16), roles=".c, .., .., fc, fc, ., .")
+row("gru_cell", torch.gru_cell, "a b, a c, c+c+c b, c+c+c c, c+c+c, c+c+c -> a c",
+    X(2, 5), X(2, 4), P(12, 5), P(12, 4), P(12), P(12), roles=".c, .., fc, fc, ., .")
+row("rnn_tanh_cell without biases", torch.rnn_tanh_cell, "a b, a c, c b, c c -> a c", X(2, 5), X(2, 4), P(4, 5), P(4, 4), roles=".c, .., fc, fc")
 row("item", lambda x: x.sum().item() + x, "a -> a", X(4), roles="c")
 row("check", lambda x, w: _checked(x.argmax(-1), w), "a b~, b~ c -> a c", X(3, 5), P(5, 4))
 

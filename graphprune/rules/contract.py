@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from graphprune.rules.table import Op, Typed, aten, rule
-from graphprune.unify import Expression
+from graphprune.unify import ONE, Expression
 
 ELLIPSIS = "..."
 
@@ -86,6 +86,7 @@ equation("k, k -> ", aten.vdot, operands=("self", "other"))
 equation("i, j -> i j", aten.outer, aten.ger, operands=("self", "vec2"))
 equation("... i, o i j, ... j, o -> ... o", aten.bilinear, operands=("input1", "weight", "input2", "bias"))
 equation("i k, k j -> i j", aten.addmm, operands=("mat1", "mat2"), onto="self")
+equation("... i k, ... j k -> ... i j", aten.cdist, operands=("x1", "x2"))
 equation("i k, k -> i", aten.addmv, operands=("mat", "vec"), onto="self")
 equation("i, j -> i j", aten.addr, operands=("vec1", "vec2"), onto="self")
 equation("b i k, b k j -> b i j", aten.baddbmm, operands=("batch1", "batch2"), onto="self")
@@ -111,6 +112,26 @@ def einsum(op: Op) -> Typed:
     once = sorted(letter for letter in set(left) - {",", "."} if left.count(letter) == 1)
     out = _tokens(right) if arrow else [*([ELLIPSIS] if ELLIPSIS in left else []), *once]
     return contraction(op, terms, out, op["tensors"])
+
+
+@rule(aten.tensordot)
+def tensordot(op: Op) -> Typed:
+    """Some dimensions of one operand summed with as many of the other; what is left of both follows in order."""
+    operands = [op["self"], op["other"]]
+    terms = [[f"{side}{dim}" for dim in range(len(operand.axes))] for side, operand in zip("ab", operands, strict=True)]
+    pairs = zip(op.dims("dims_self", len(terms[0])), op.dims("dims_other", len(terms[1])), strict=True)
+    for one, other in pairs if op["dims_self"] else ():
+        terms[0][one] = terms[1][other] = f"{one} with {other}"
+    rest = [name for term in terms for name in term if "with" not in name]
+    return contraction(op, terms, rest, operands)
+
+
+@rule(aten.kron)
+def kron(op: Op) -> Typed:
+    """Every dimension is the product of the operands' dimensions, aligned from the right."""
+    rank = len(op.shape)
+    rows = [(ONE,) * (rank - len(operand.axes)) + operand.axes for operand in (op["self"], op["other"])]
+    return Typed(tuple(op.product(one, other) for one, other in zip(*rows, strict=True)))
 
 
 def _tokens(term: str) -> list[str]:

@@ -21,19 +21,30 @@ def _pin_space(op: Op, axes: Iterable[Expression]) -> None:
     aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution, aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d,
 )  # fmt: skip
 def convolution(op: Op) -> Typed:
-    """Channels are ``g·i`` in, ``g·o`` out; the weight is ``(g·o, i)``, transposed ``(g·i, o)``."""
+    """Channels are ``g·i`` in, ``g·o`` out; the weight is ``(g·o, i)``, transposed ``(g·i, o)``. Points of space are each alone."""
     source, weight, bias = op["input"], op["weight"], op.get("bias")
     place = len(source.axes) - len(weight.axes) + 1
     group, inner, outer, channels = _channels(op, weight)
     op.equal(source.axes[place], op.product(group, inner))
     if bias is not None:
         op.equal(bias.axes[0], channels)
-    _pin_space(op, (*weight.axes[2:], *source.axes[place + 1 :]))
+    _pin_space(op, weight.axes[2:])
     op.use(source, place, "contracted", inner)
     op.use(weight, 0 if _transposed(op) else 1, "contracted", inner)
     op.use(weight, 1 if _transposed(op) else 0, "free", outer)
-    sizes = (op.pinned(size, "spatial extent") for size in op.shape[place + 1 :])
-    return Typed((*source.axes[:place], channels, *sizes))
+    space = (_swept(op, weight, source, place + 1 + dim) for dim in range(len(weight.axes) - 2))
+    return Typed((*source.axes[:place], channels, *space))
+
+
+def _swept(op: Op, weight: Typed, source: Typed, dim: int) -> Expression:
+    """What a spatial dimension becomes: itself where the kernel looks at one point at a time, else a frozen one."""
+    axis, window = source.axes[dim], weight.axes[dim - len(source.axes)]
+    strides = op["stride"]
+    step = strides[dim - len(source.axes)] if len(strides) > 1 else (strides or [1])[0]
+    if op.length(window) == step == 1 and op.length(axis) == op.shape[dim]:
+        return axis
+    _pin_space(op, (axis,))
+    return op.pinned(op.shape[dim], "spatial extent")
 
 
 def _channels(op: Op, weight: Typed) -> tuple[Expression, Expression, Expression, Expression]:

@@ -28,6 +28,17 @@ def embedding(op: Op) -> Typed:
     return Typed((*indices.axes, table.axes[1]))
 
 
+@rule(aten.embedding_bag)
+def embedding_bag(op: Op) -> tuple[Typed, ...]:
+    """Rows of the table summed, averaged or compared bag by bag."""
+    table = op["weight"]
+    for axis in (table.axes[0], *(axis for operand in op.tensors if operand is not table for axis in operand.axes)):
+        op.pin(axis, "indexed by data")
+    op.use(table, 1, "free")
+    others = (Typed(tuple(op.pinned(size, "bags") for size in shape)) for shape in op.shapes[1:])
+    return Typed((op.pinned(op.shapes[0][0], "bags"), table.axes[1])), *others
+
+
 @rule(aten.index_select)
 def index_select(op: Op) -> Typed:
     """Positions along one axis by a vector of indices."""
@@ -141,15 +152,43 @@ def _advanced(op: Op, source: Typed, indices: Sequence[Typed | None], shape: Seq
     for place, tensor in zip(places, tensors, strict=True):
         _indexed(op, source.axes[place], tensor)
     rank = max(len(tensor.axes) for tensor in tensors)
-    start = places[0] if places == list(range(places[0], places[-1] + 1)) else 0
+    start = _start(places)
     chosen = op.broadcast(tensors, tuple(shape[start : start + rank]))
     rest = [axis for place, axis in enumerate(source.axes) if place not in places]
     return (*rest[:start], *chosen, *rest[start:])
 
 
-@rule(aten.index_put, aten._unsafe_index_put, aten.masked_scatter)
+def _start(places: Sequence[int]) -> int:
+    """Where the chosen dimensions stand in what advanced indexing gives."""
+    return places[0] if list(places) == list(range(places[0], places[-1] + 1)) else 0
+
+
+@rule(aten.index_put, aten._unsafe_index_put)
 def index_put(op: Op) -> Typed:
-    """Values written at chosen places: nothing that takes part can shrink."""
+    """Values written at chosen places: what they are chosen on is frozen, along the other dimensions values and tensor agree."""
+    source, written, indices = op["self"], op["values"], op["indices"]
+    places = [place for place, index in enumerate(indices) if index is not None]
+    tensors = [indices[place] for place in places]
+    masked = any(_is_mask(op, place) for place in places)
+    if masked and len(places) > 1:
+        raise Conflict("mixes masks with other indices")
+    covered = range(places[0], places[0] + len(tensors[0].axes)) if masked else places
+    for axis in (*(source.axes[place] for place in covered), *(axis for index in tensors for axis in index.axes)):
+        op.pin(axis, "written at places that data chooses")
+    rest = [axis for place, axis in enumerate(source.axes) if place not in covered]
+    start = _start(covered)
+    rank = 1 if masked else max(len(index.axes) for index in tensors)
+    for place, axis in enumerate(written.axes, start=len(rest) + rank - len(written.axes)):
+        if start <= place < start + rank:
+            op.pin(axis, "written at places that data chooses")
+        elif axis != ONE:
+            op.equal(axis, rest[place if place < start else place - rank])
+    return Typed(source.axes)
+
+
+@rule(aten.masked_scatter)
+def masked_scatter(op: Op) -> Typed:
+    """Values written one after the other where a mask is true: nothing that takes part can shrink."""
     for operand in op.tensors:
         for axis in operand.axes:
             op.pin(axis, "written at places that data chooses")

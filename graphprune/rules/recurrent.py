@@ -44,8 +44,21 @@ def _cells(op: Op, directions: int) -> list[Sequence[Typed]]:
 def _cell(op: Op, weights: Sequence[Typed], below: Expression, width: Expression) -> None:
     """Weights on what lies below and on the state before; each has a segment of rows for every gate."""
     for tensor in weights:
-        op.equal(tensor.axes[0], width * GATES[op.name])
+        op.equal(tensor.axes[0], width * GATES[op.name.removesuffix("_cell")])
     for tensor, read in zip(weights, (below, width), strict=False):
         op.equal(tensor.axes[1], read)
         op.use(tensor, 0, "free")
         op.use(tensor, 1, "contracted")
+
+
+@rule(aten.lstm_cell, aten.gru_cell, aten.rnn_tanh_cell, aten.rnn_relu_cell)
+def cell(op: Op) -> Typed | tuple[Typed, ...]:
+    """One step of one layer."""
+    source, states = op["input"], op["hx"] if op.name == "lstm_cell" else [op["hx"]]
+    weights = [op[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh") if op.get(name) is not None]
+    for state in states:
+        for axis, other in zip(state.axes, (*source.axes[:-1], states[0].axes[-1]), strict=True):
+            op.equal(axis, other)
+    op.use(source, -1, "contracted")
+    _cell(op, weights, source.axes[-1], states[0].axes[-1])
+    return tuple(Typed(state.axes) for state in states) if op.name == "lstm_cell" else Typed(states[0].axes)

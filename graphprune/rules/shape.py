@@ -165,7 +165,26 @@ def diff(op: Op) -> Typed:
     return out
 
 
-@rule(aten.flip, aten.roll, aten.tril, aten.triu, aten.cumprod, aten.fft_fft, aten.fft_ifft, aten.fft_rfft, aten.fft_irfft)
+@rule(aten.roll)
+def roll(op: Op) -> Typed:
+    """The end of an axis comes before its beginning: ``a + b`` becomes ``b + a``."""
+    source, dims = op["self"], op["dims"]
+    if not dims or any(op.frozen(source.axes[dim]) or abs(by) >= op.shape[dim] for dim, by in zip(dims, op["shifts"], strict=True)):
+        return reordered(op)
+    axes, moved = list(source.axes), []
+    for dim, by in zip(dims, op["shifts"], strict=True):
+        first, last = op.cut(axes[dim], -by % op.shape[dim])
+        axes[dim] = (*last, *first)
+        moved.append(first if by < 0 else last)
+    op.literal("shifts", moved)
+    return Typed(tuple(axes))
+
+
+@rule(
+    aten.flip, aten.tril, aten.triu, aten.cumprod, aten.rot90, aten.fft_fft, aten.fft_ifft, aten.fft_rfft, aten.fft_irfft,
+    aten.fft_hfft, aten.fft_ihfft, aten.fft_fft2, aten.fft_ifft2, aten.fft_rfft2, aten.fft_irfft2, aten.fft_fftn, aten.fft_ifftn,
+    aten.fft_rfftn, aten.fft_irfftn, aten.fft_fftshift, aten.fft_ifftshift,
+)  # fmt: skip
 def reordered(op: Op) -> Typed:
     """Positions along some dimensions matter, so those are frozen; the others pass."""
     source = op["self"]
