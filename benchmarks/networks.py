@@ -16,7 +16,7 @@ def llama(layers: int, hidden: int = 512, heads: int = 8, kv: int = 8) -> tuple[
     """A Llama-like model and token ids of shape (2, 13)."""
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv, max_position_embeddings=512, tie_word_embeddings=False,
+        num_attention_heads=heads, num_key_value_heads=kv, max_position_embeddings=512, tie_word_embeddings=False, use_cache=False,
     )  # fmt: skip
     model: Any = LlamaForCausalLM(config)
     return model.eval(), {"input_ids": torch.randint(0, VOCABULARY, (2, 13))}

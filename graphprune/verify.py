@@ -16,10 +16,10 @@ from torch.utils import _pytree as pytree
 
 from graphprune.axes import Axis, Keep
 from graphprune.errors import RuleBug
-from graphprune.execute import Edit, execute
+from graphprune.execute import Edit, execute, execute_all
 from graphprune.groups import Groups
 from graphprune.propagate import Axes
-from graphprune.rewrite.graph import cut_all, resized_graph
+from graphprune.rewrite.graph import Smaller, smaller
 from graphprune.trace import Inputs, as_call, exportable
 
 PRECISION = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -30,10 +30,12 @@ TOLERANCE = 1e-8
 
 
 def masks(axes: Axes, keep: Keep) -> Edit:
-    """An edit that zeroes removed units of every operand a contraction sums over."""
+    """An edit that zeroes removed units wherever a contraction sums over them: in its activations, in a weight only if alone."""
     spots: dict[tuple[fx.Node, fx.Node], list[tuple[int, Tensor]]] = defaultdict(list)
-    for use in axes.uses:
-        if use.role == "contracted" and use.axis.shrinks(keep):
+    summed = [use for use in axes.uses if use.role == "contracted" and use.axis.shrinks(keep)]
+    active = {(use.node, use.axis) for use in summed if use.operand.op != "placeholder"}
+    for use in summed:
+        if use.operand.op != "placeholder" or (use.node, use.axis) not in active:
             whole = axes.nodes[use.operand][use.dim]
             spots[use.node, use.operand].append((use.dim, _mask(whole, use.axis, keep)))
 
@@ -58,19 +60,22 @@ def masked_outputs(axes: Axes, tensors: Mapping[str, Tensor], inputs: Sequence[A
 
 def smaller_outputs(axes: Axes, tensors: Mapping[str, Tensor], inputs: Sequence[Any], keep: Keep) -> list[Tensor]:
     """What the cut tensors compute, in double precision."""
-    cut = cut_all(axes, tensors, keep)
-    return leaves(execute(axes.trace, cut, inputs, graph=resized_graph(axes, keep), dtype=torch.float64))
+    cut = smaller(axes, tensors, keep)
+    return leaves(execute(axes.trace, cut.tensors, inputs, graph=cut.graph, dtype=torch.float64))
 
 
-def check_masked(groups: Groups, tensors: Mapping[str, Tensor], inputs: Sequence[Any], keep: Keep) -> float:
+def check_masked(
+    groups: Groups, tensors: Mapping[str, Tensor], inputs: Sequence[Any], keep: Keep, cut: Smaller | None = None
+) -> float:
     """Check the exact part of a cut against the masked original, on the given and on random inputs of the same shapes.
 
-    Returns the largest difference. Raises RuleBug naming the first group that fails on its own.
+    ``cut`` is the smaller computation where it is at hand. Returns the largest difference. Raises RuleBug naming the first
+    group that fails on its own.
     """
     exact = {group.factor: keep[group.factor] for group in groups if group.exact and group.factor in keep}
     if not exact or any(tensor.is_meta for tensor in tensors.values()):
         return 0.0
-    worst = max(_gap(groups.axes, tensors, example, exact) for example in (inputs, _random(inputs)))
+    worst = _gap(groups.axes, tensors, [inputs, _random(inputs)], exact, cut if len(exact) == len(keep) else None)
     if worst > TOLERANCE:
         raise RuleBug(
             f"the smaller model does not compute what the masked original does (difference {worst:.1e})",
@@ -81,13 +86,19 @@ def check_masked(groups: Groups, tensors: Mapping[str, Tensor], inputs: Sequence
     return worst
 
 
-def _gap(axes: Axes, tensors: Mapping[str, Tensor], inputs: Sequence[Any], keep: Keep) -> float:
-    return difference(smaller_outputs(axes, tensors, inputs, keep), masked_outputs(axes, tensors, inputs, keep))
+def _gap(
+    axes: Axes, tensors: Mapping[str, Tensor], examples: Sequence[Sequence[Any]], keep: Keep, cut: Smaller | None = None
+) -> float:
+    """The largest difference on any example between the smaller computation and the masked original."""
+    cut = cut or smaller(axes, tensors, keep)
+    found = execute_all(axes.trace, cut.tensors, examples, graph=cut.graph, dtype=torch.float64)
+    wanted = execute_all(axes.trace, tensors, examples, dtype=torch.float64, edit=masks(axes, keep))
+    return max(difference(leaves(mine), leaves(theirs)) for mine, theirs in zip(found, wanted, strict=True))
 
 
 def _culprit(groups: Groups, tensors: Mapping[str, Tensor], inputs: Sequence[Any], keep: Keep) -> str:
     alone = ((group.name, {group.factor: keep[group.factor]}) for group in groups if group.factor in keep)
-    return next((name for name, only in alone if _gap(groups.axes, tensors, inputs, only) > TOLERANCE), "several groups together")
+    return next((name for name, only in alone if _gap(groups.axes, tensors, [inputs], only) > TOLERANCE), "several groups together")
 
 
 def _random(inputs: Sequence[Any]) -> list[Any]:
@@ -106,12 +117,12 @@ def _random(inputs: Sequence[Any]) -> list[Any]:
 
 
 @torch.no_grad()
-def close(smaller: torch.nn.Module, inputs: Inputs, reference: Sequence[Tensor]) -> bool:
+def close(emitted: torch.nn.Module, inputs: Inputs, reference: Sequence[Tensor]) -> bool:
     """Whether an emitted model computes the reference outputs, within what its precision allows; False when it cannot run."""
     args, kwargs = as_call(inputs)
-    with exportable(smaller):
+    with exportable(emitted):
         try:
-            found = leaves(smaller(*args, **kwargs))
+            found = leaves(emitted(*args, **kwargs))
         except Exception:  # noqa: BLE001  a wrong guess at a size may fail in any way
             return False
     limit = max((PRECISION.get(tensor.dtype, 1e-3) for tensor in found), default=0.0)

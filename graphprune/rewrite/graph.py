@@ -6,6 +6,7 @@ Always possible, whatever Python attributes a model hides its sizes in; it is th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,6 +33,19 @@ def cut(tensor: Tensor, axes: tuple[Axis, ...], keep: Keep) -> Tensor:
 def cut_all(axes: Axes, tensors: Mapping[str, Tensor], keep: Keep) -> dict[str, Tensor]:
     """Every traced tensor, cut."""
     return {name: cut(tensor, axes.tensors[name], keep) for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Smaller:
+    """The smaller computation: the graph with its new sizes, and the tensors it reads."""
+
+    graph: fx.Graph
+    tensors: Mapping[str, Tensor]
+
+
+def smaller(axes: Axes, tensors: Mapping[str, Tensor], keep: Keep) -> Smaller:
+    """What is left of a computation. A tensor on which nothing shrinks is not copied."""
+    return Smaller(resized_graph(axes, keep), cut_all(axes, tensors, keep))
 
 
 def resized_graph(axes: Axes, keep: Keep) -> fx.Graph:
@@ -194,8 +208,3 @@ def _attach(root: nn.Module, name: str, tensor: Tensor, trainable: bool) -> None
         root.register_parameter(leaf, nn.Parameter(tensor.detach(), requires_grad=tensor.is_floating_point()))
     else:
         root.register_buffer(leaf, tensor)
-
-
-def emit_graph(axes: Axes, tensors: Mapping[str, Tensor], keep: Keep) -> PrunedGraph:
-    """The smaller model as a graph module that takes what the original takes. ``torch.export`` saves it as ``.pt2``."""
-    return PrunedGraph(axes.trace, resized_graph(axes, keep), cut_all(axes, tensors, keep))

@@ -58,7 +58,7 @@ def stock_config(
 
 def expressible(model: PreTrainedModel, axes: Axes, keep: Keep) -> None:
     """Raise ModelLimit, with the reason, when no config field can express these sizes. Runs nothing, needs no weights."""
-    next(candidates(model, saved_shapes(model, shapes_after(axes, keep)), numbers(axes, keep)))
+    next(candidates(model, shapes_after(axes, keep), numbers(axes, keep)))
 
 
 def saved_shapes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
