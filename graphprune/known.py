@@ -3,6 +3,9 @@
 A traced tensor has no values, so ``if mask.any():`` stops a trace even where the mask is made of ones and nothing else. While
 ``Known`` is entered, tensors that come from factories (``ones``, ``arange``) and from operations on such are computed for real
 beside the trace; whoever asks for a number, a truth value or a list of places gets it from there.
+
+A loop over the places where a vector of the inputs is true, ``for expert in hit.nonzero()``, is traced over all places. Whether
+the loop does nothing at the others is for the caller to check, with ``agrees``.
 """
 
 from __future__ import annotations
@@ -10,10 +13,12 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
@@ -21,9 +26,22 @@ from torch.utils._python_dispatch import _disable_current_modes
 LARGEST = 1 << 24
 """Elements above which a constant is not worth remembering."""
 
-ASKING = ("item", "__bool__", "__int__", "__float__", "__index__", "tolist", "nonzero", "where", "unique", "masked_select")
+ASKING = (
+    "item",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "__format__",
+    "tolist",
+    "nonzero",
+    "where",
+    "unique",
+    "masked_select",
+)
 """Functions whose result, or its size, depends on values; ``where`` only with a condition alone."""
 
+CHANCE = re.compile(r".*(rand|normal|bernoulli|uniform|exponential|multinomial|dropout).*")
 
 WRITING = re.compile(r"__setitem__|__i(add|sub|mul|truediv|floordiv|and|or|xor|pow|mod)__|\w*[a-z\d]_")
 """Functions that change their first operand."""
@@ -41,6 +59,7 @@ class Known(TorchFunctionMode):
 
     def __init__(self) -> None:
         self.values: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+        self.everywhere = False
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute, in the trace and, where everything is known, for real."""
@@ -50,6 +69,9 @@ class Known(TorchFunctionMode):
             self._forget(func, args)
         if real is not NOTHING and _asks(func, args, kwargs):
             return pytree.tree_map_only(Tensor, self._stated, real)
+        if real is NOTHING and _asks_where(func, args, kwargs):
+            self.everywhere = True
+            return [self._stated(place) for place in _places(args[0].shape[0])]
         result = func(*args, **kwargs)
         if real is not NOTHING:
             self._remember(result, real)
@@ -60,7 +82,11 @@ class Known(TorchFunctionMode):
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         alike = _name(func) in ALIKE
         found = {id(tensor): _blank(tensor) if alike else self._value(tensor) for tensor in tensors}
-        if any(value is None for value in found.values()) or not (tensors or _name(func) in MAKING):
+        if (
+            any(value is None for value in found.values())
+            or not (tensors or _name(func) in MAKING)
+            or CHANCE.fullmatch(_name(func))
+        ):
             return NOTHING
         known_args, known_kwargs = pytree.tree_map_only(Tensor, lambda tensor: found[id(tensor)], (args, kwargs))
         try:
@@ -94,6 +120,54 @@ class Known(TorchFunctionMode):
 
 def _asks(func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
     return _name(func) in ASKING and (_name(func) != "where" or len(args) + len(kwargs) == 1)
+
+
+def _asks_where(func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    """Whether these are the places, one a row, where a vector of known length is true."""
+    if _name(func) != "nonzero" or kwargs.get("as_tuple") or len(args) != 1:
+        return False
+    return args[0].dtype is torch.bool and args[0].ndim == 1 and isinstance(args[0].shape[0], int)
+
+
+def _places(count: int) -> tuple[Tensor, ...]:
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        return torch.arange(count)[:, None].unbind()
+
+
+@contextmanager
+def casts_that_do_nothing() -> Iterator[None]:
+    """``module.to(dtype)`` in a forward leaves a module alone that has that type already."""
+    original = nn.Module.to
+
+    def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        has = dtype is None or all(parameter.dtype == dtype for parameter in module.parameters())
+        return module if device is None and has else original(module, *args, **kwargs)
+
+    nn.Module.to = to  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.to = original  # type: ignore[method-assign]
+
+
+@torch.no_grad()
+def agrees(model: nn.Module, program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a program computes what the model does, also where all rows of the inputs are alike and reach few places."""
+    if any(tensor.is_meta for tensor in model.parameters()):
+        return False
+    alike = pytree.tree_map_only(Tensor, lambda x: x[:1, ..., :1].expand_as(x).clone() if _is_words(x) else x, (args, kwargs))
+    runs = program.module()
+    return all(_close(runs(*a, **k), model(*a, **k)) for a, k in ((args, kwargs), alike))
+
+
+def _is_words(x: Tensor) -> bool:
+    return x.ndim > 1 and not x.is_floating_point()
+
+
+def _close(one: Any, other: Any) -> bool:
+    pairs = list(_pairs(one, other))
+    return bool(pairs) and all(torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max())) for a, b in pairs)
 
 
 def _name(func: Callable[..., Any]) -> str:

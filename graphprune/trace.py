@@ -16,7 +16,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import ModelLimit, first_line
-from graphprune.known import Known
+from graphprune.known import Known, agrees, casts_that_do_nothing
 from graphprune.repeat import Repeats, write_out
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -95,9 +95,12 @@ def _plain(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyna
 
 
 def _export_known(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    """Once more for a model that asks its own constants for values, which a trace alone cannot tell."""
-    with Known():
-        return _export(model, args, kwargs, dynamic=False)
+    """Once more for a model that asks its own constants for values, or loops over experts that were hit."""
+    with Known() as known, casts_that_do_nothing():
+        program = _export(model, args, kwargs, dynamic=False)
+    if known.everywhere and not agrees(model, program, args, kwargs):
+        raise ModelLimit(f"{type(model).__name__} cannot be exported", why="it loops over places that depend on data")
+    return program
 
 
 def _repeated(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace | None:

@@ -76,3 +76,35 @@ def of_chance(x: Tensor) -> Tensor:
 def test_what_follows_from_inputs_or_chance_is_not(function: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(ModelLimit, match="cannot be exported"):
         trace(Asks(function), (torch.randn(3, 4),))
+
+
+class Loop(nn.Module):
+    """Experts in a loop over those that were hit; ``always`` adds something for each of them, whoever chose it."""
+
+    def __init__(self, always: float) -> None:
+        super().__init__()
+        self.embed, self.router, self.always = nn.Embedding(9, 4), nn.Linear(4, 3), always
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids).flatten(0, 1)
+        chosen = torch.nn.functional.one_hot(self.router(x).argmax(-1), num_classes=3)
+        out = torch.zeros_like(x)
+        for expert in torch.greater(chosen.sum(0), 0).nonzero():
+            (rows,) = torch.where(chosen[:, expert[0]])
+            out.index_add_(0, rows, self.experts[expert[0]].to(x.dtype)(x[rows]))
+            out = out + self.always
+        return out
+
+
+def test_a_loop_over_experts_is_traced_over_all_of_them() -> None:
+    model, ids = Loop(0.0), torch.arange(10).view(2, 5) % 9
+    traced = trace(model, (ids,))
+    for rows in (ids, torch.zeros_like(ids)):
+        (found,) = execute(traced, tensors_of(model, traced), [rows])
+        torch.testing.assert_close(found, model(rows))
+
+
+def test_a_loop_that_does_something_for_experts_nobody_chose_is_not() -> None:
+    with pytest.raises(ModelLimit, match="depend on data"):
+        trace(Loop(1.0), (torch.arange(10).view(2, 5) % 9,))

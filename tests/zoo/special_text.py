@@ -167,7 +167,7 @@ MASKED: dict[str, Special] = {
     "neomme": sized(head_dim=32),
     "perceiver": Special(PERCEIVER, lambda model: {"input_ids": None, "inputs": some_tokens(13)}),
     "reformer": Special(REFORMER, lambda model: {"input_ids": some_tokens(16)}),
-    "squeezebert": sized(hidden_size=96, embedding_size=96, num_attention_heads=6),
+    "squeezebert": sized(hidden_size=96, embedding_size=96, num_attention_heads=8),  # over groups of four
     "xmod": sized(default_language="en_XX"),
 }
 
