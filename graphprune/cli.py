@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,28 +11,34 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from graphprune import __version__
 from graphprune.bench import disk_bytes, kv_cache_bytes_per_token, parameters, speed
 from graphprune.compiler import Result, compile
 from graphprune.cost import parameters as count
 from graphprune.data import Calibration, calibrate, read_texts
+from graphprune.disk import check_fits
 from graphprune.errors import GraphpruneError, UserMistake, nearest
 from graphprune.evaluate import perplexity, published
-from graphprune.groups import Groups, couple
+from graphprune.groups import Group, Groups, couple
 from graphprune.masks import sparsify, zeros
 from graphprune.output import save, save_model
+from graphprune.pieces import branches, layers
 from graphprune.pipeline import find_pass
 from graphprune.plan import load_plan
 from graphprune.propagate import propagate
+from graphprune.ranks import joined, leads
 from graphprune.recover import recover
 from graphprune.replay import replay
 from graphprune.report import Amount, before_after, removals, strips
 from graphprune.rewrite.checkpoint import check_free
+from graphprune.select import signature
 from graphprune.source import Source, open_source
+from graphprune.streamed import Streamed, compile_streamed
 from graphprune.trace import trace
 
 app = typer.Typer(
@@ -47,6 +54,9 @@ Model = Annotated[str, typer.Argument(help="A checkpoint directory, a GGUF file,
 Output = Annotated[Path, typer.Option("--output", "-o", help="The directory to write. It must not exist, or be empty.")]
 Kinds = Annotated[str | None, typer.Option(help="Kinds of groups to prune, with commas: head,ffn,… (default: by architecture).")]
 Dtype = Annotated[str | None, typer.Option(help="Load as float32, bfloat16, … (default: as stored).")]
+Stream = Annotated[
+    bool, typer.Option("--stream", help="Never hold the model: read, prune and write a checkpoint directory tensor by tensor.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -88,26 +98,37 @@ def compile_(
     extra: Annotated[
         list[str] | None, typer.Option("--pass", help="A further pass: NAME[:option=value…] or FILE.py[:function]; repeatable.")
     ] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Compute activations twice instead of keeping them for the backward pass.")
+    ] = False,
+    stream: Stream = False,
     seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 0,
     dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
     """Prune MODEL and write a smaller checkpoint that from_pretrained loads."""
-    check_free(output)
+    _check(model, output, stream)
+    if stream and (dtype or emit != "module" or alike is False):
+        raise UserMistake("--stream writes a stock checkpoint in the dtype it finds", fix="leave out --dtype, --emit and --differ")
     steps = [find_pass(method), *(find_pass(spec) for spec in extra or [])]
+    settings: dict[str, Any] = {
+        "keep": keep, "keep_of": keep_of, "method": steps[0], "kinds": _listed(kinds), "scope": scope, "round_to": round_to,
+        "minimum": minimum, "protect": protect or (), "seed": seed, "passes": steps[1:],
+    }  # fmt: skip
     with _progress() as show:
         show("opening")
-        source = open_source(model, dtype=_dtype(dtype))
+        source = open_source(model, dtype=_dtype(dtype), weights=not stream)
         text = _calibration(steps, source, calibration, samples, length, batch, seed, show)
-        result = compile(
-            source.model,
-            None if text else _inputs(source),
-            keep=keep, keep_of=keep_of, method=steps[0], kinds=_listed(kinds), scope=scope, round_to=round_to, minimum=minimum,
-            protect=protect or (), alike=alike, emit=emit, verify=verify, seed=seed, calibration=text, passes=steps[1:],
-            progress=show,
-        )  # fmt: skip
+        if stream:
+            _show(compile_streamed(model, output, **settings, calibration=text, progress=show), output)
+            return
+        if checkpointing:
+            source.model.gradient_checkpointing_enable()  # type: ignore[operator]
+        example = None if text else _inputs(source)
+        result = compile(source.model, example, **settings, alike=alike, emit=emit, verify=verify, calibration=text, progress=show)
         show("saving")
-        save(result, output, source)
+        if leads():
+            save(result, output, source)
     _show(result, output)
 
 
@@ -124,13 +145,14 @@ def inspect(
     with _progress() as show:
         show("tracing")
         source = open_source(model, weights=False)
-        groups = couple(propagate(trace(source.model, _inputs(source))))
+        axes = propagate(trace(source.model, _inputs(source)))
+        found = [couple(axes), layers(axes), branches(axes)]
     if explain:
-        out.print(groups.explain(explain), markup=False, highlight=False, soft_wrap=True)
+        out.print(found[0].explain(explain), markup=False, highlight=False, soft_wrap=True)
     elif as_json:
-        print(json.dumps([_row(groups, group.name) for group in groups], indent=1))
+        print(json.dumps([_row(own, group.name) for own in found for group in own], indent=1))
     else:
-        _show_groups(groups)
+        _show_groups(found)
 
 
 @app.command()
@@ -138,12 +160,18 @@ def apply(
     plan: Annotated[Path, typer.Argument(help="A plan file.")],
     model: Model,
     output: Output,
+    stream: Stream = False,
     dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
     """Prune MODEL exactly as PLAN says."""
-    check_free(output)
+    _check(model, output, stream)
     chosen = load_plan(plan)
+    if stream:
+        with _progress() as show:
+            streamed = compile_streamed(model, output, plan=chosen, progress=show)
+        _show(streamed, output)
+        return
     with _progress() as show:
         show("opening")
         source = open_source(model, dtype=_dtype(dtype))
@@ -197,7 +225,7 @@ def recover_(
     debug: Debug = False,
 ) -> None:
     """Train a pruned MODEL back towards what it was and write a plain checkpoint."""
-    check_free(output)
+    _check(model, output)
     with _progress() as show:
         show("opening")
         source = open_source(model, dtype=_dtype(dtype))
@@ -208,7 +236,8 @@ def recover_(
             progress=show, **limits,
         )  # fmt: skip
         show("saving")
-        save_model(trained, output, source)
+        if leads():
+            save_model(trained, output, source)
     out.print(f"{output}: trained, a checkpoint like {model}", highlight=False)
 
 
@@ -252,7 +281,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exit codes: 0, 1 (failed), 2 (usage)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(given, standalone_mode=True)
+        with joined():
+            out.quiet = err.quiet = not leads()
+            app(given, standalone_mode=True)
     except GraphpruneError as error:
         if "--debug" in given:
             raise
@@ -278,6 +309,14 @@ class _progress:
 
     def __exit__(self, *problem: Any) -> None:
         self.bar.__exit__(*problem)
+
+
+def _check(model: str, output: Path, stream: bool = False) -> None:
+    """What can go wrong before anything is read."""
+    if leads():
+        check_free(output)
+    if not stream:
+        check_fits(model)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -307,7 +346,7 @@ def _calibration(
     return calibrate(spec, source, samples=samples, length=length, batch=batch, seed=seed)
 
 
-def _show(result: Result, output: Path) -> None:
+def _show(result: Result | Streamed, output: Path) -> None:
     before, after = result.plan.cost["before"], result.plan.cost["after"]
     rows: dict[str, tuple[Any, Any]] = {
         "parameters": (before["parameters"], after["parameters"]),
@@ -319,27 +358,43 @@ def _show(result: Result, output: Path) -> None:
     for note in result.notes:
         out.print(f"note  {note}", markup=False, highlight=False)
     stock = "a stock checkpoint: from_pretrained loads it"
-    if result.pruned.config is None:
+    if isinstance(result, Result) and result.pruned.config is None:
         stock = f"not a stock checkpoint: {(result.pruned.obstacle or '').splitlines()[0]}"
-    out.print(f"{output} ({Amount(disk_bytes(output), 'B')}), {stock}", markup=False, highlight=False)
+    if leads():
+        out.print(f"{output} ({Amount(disk_bytes(output), 'B')}), {stock}", markup=False, highlight=False)
 
 
-def _show_groups(groups: Groups) -> None:
-    axes = groups.axes
-    table = Table(
-        "group", "kind", "units", "parameters a unit", "exact", "tensors", title=f"{axes.trace.name}: {len(groups)} groups"
-    )
-    whole = count(axes, {})
-    for group in groups:
-        price = whole - count(axes, {group.factor: group.size - 1})
-        table.add_row(
-            group.name, group.kind, str(group.size), f"{price:,}", "yes" if group.exact else "no", str(len(group.members))
-        )
+def _show_groups(found: Sequence[Groups]) -> None:
+    widths = found[0]
+    title = f"{widths.axes.trace.name}: {len(widths)} groups, {sum(map(len, found[1:]))} stacks of whole pieces"
+    columns = [Column(name, justify="right") for name in ("groups", "units", "per unit", "tensors")]
+    table = Table(Column("group", overflow="fold"), *columns, "exact", title=title, box=SIMPLE_HEAD)
+    for groups in found:
+        whole = count(groups.axes, {})
+        for alike in _alike(groups):
+            group, last = alike[0], alike[-1]
+            price = whole - count(groups.axes, {group.factor: group.size - 1})
+            exact, name = "yes" if group.exact else "no", _span(group.name, last.name)
+            table.add_row(name, str(len(alike)), str(group.size), f"{price:,}", str(len(group.members)), exact)
     out.print(table)
-    frozen = Table("frozen", "size", "why", title="frozen")
-    for item in groups.frozen:
+    frozen = Table(Column("frozen", overflow="fold"), Column("size", justify="right"), "why", box=SIMPLE_HEAD)
+    for item in (item for groups in found for item in groups.frozen):
         frozen.add_row(item.members[0].name, str(item.factor.size), item.reason.what)
     out.print(frozen)
+
+
+def _alike(groups: Groups) -> list[list[Group]]:
+    """The groups, those of equal layers together."""
+    rows: dict[Any, list[Group]] = {}
+    for group in groups:
+        rows.setdefault(signature(group), []).append(group)
+    return list(rows.values())
+
+
+def _span(first: str, last: str) -> str:
+    """Two names that differ in numbers as one: ``layers.0…29.mlp``."""
+    pairs = zip(re.split(r"(\d+)", first), re.split(r"(\d+)", last), strict=False)
+    return "".join(one if one == other else f"{one}…{other}" for one, other in pairs)
 
 
 def _row(groups: Groups, name: str) -> dict[str, Any]:

@@ -107,6 +107,14 @@ class Checkpoint(Mapping[str, Tensor]):
         return len(self.entries)
 
 
+def check_fits(model: str | Path) -> None:
+    """Raise UserMistake where the weights in a checkpoint directory are larger than the memory that is left."""
+    size, free = sum(file.stat().st_size for file in Path(model).glob("*.safetensors")), available_memory()
+    if free is not None and size > free:
+        why = f"its weights take {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of memory are free"
+        raise UserMistake(f"{model} does not fit into memory", why=why, fix="--stream holds a few of its tensors at a time")
+
+
 def available_memory() -> int | None:
     """Bytes that this machine can still give, where it says so."""
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
@@ -76,6 +77,11 @@ def dealt(batches: Iterable[Any], model: nn.Module | None = None) -> Sequence[An
     return [_rows(batch, rank, world) for batch in batches]
 
 
+def numbered(mine: Iterable[T]) -> Iterator[tuple[int, T]]:
+    """What this rank was dealt, with the numbers that it had among all."""
+    yield from zip(count(*place()), mine, strict=False)
+
+
 def _rows(batch: Mapping[str, Any], rank: int, world: int) -> Mapping[str, Any]:
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
     if any(len(value) % world for value in tensors.values()):
@@ -96,6 +102,14 @@ def summed(totals: Mapping[Key, Tensor], model: nn.Module | None = None) -> dict
         found[key] = totals[key].contiguous().clone() if key in totals else torch.zeros(shape, dtype=dtype, device=device)
         dist.all_reduce(found[key])
     return found
+
+
+def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Let every parameter have the sum of the ranks' gradients."""
+    if dist.is_initialized():
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            dist.all_reduce(parameter.grad)
 
 
 def _everybodys(totals: Mapping[Key, Tensor]) -> dict[Key, tuple[torch.Size, torch.dtype]]:

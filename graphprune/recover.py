@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from graphprune.data import Calibration, inference, logits_of, tokenize
 from graphprune.errors import UserMistake, nearest
 from graphprune.pipeline import Progress
+from graphprune.ranks import add_gradients, dealt, told
 
 IGNORED = -100
 """The label of a token that is not to be learnt."""
@@ -86,8 +87,8 @@ def recover(
     """A trained copy of ``model``. ``settings`` change the preset's ``Recipe``; ``teacher`` is the unpruned model.
 
     ``data`` is text (documents, joined and cut into ``length`` tokens), a Calibration, or instructions, of which only the answers
-    are learnt. The same seed gives the same model, unless ``minutes`` ends the training. Raises UserMistake on settings or data
-    that cannot work.
+    are learnt. The same seed gives the same model, unless ``minutes`` ends the training. Ranks share each batch.
+    Raises UserMistake on settings or data that cannot work.
     """
     recipe = recipe_of(preset, settings)
     examples = read_examples(data, tokenizer, recipe.length)
@@ -255,7 +256,7 @@ def _train(
     total, begun, tokens = _steps(len(examples), recipe), time.monotonic(), 0
     student.train()
     for step, chosen in enumerate(_batches(examples, recipe)):
-        spent = max(step / total, (time.monotonic() - begun) / 60 / recipe.minutes if recipe.minutes else 0.0)
+        spent = max(step / total, told(time.monotonic() - begun) / 60 / recipe.minutes if recipe.minutes else 0.0)
         if spent >= 1:
             return
         rate = recipe.lr * _rise(step, total, recipe) * (1 - spent)
@@ -263,12 +264,14 @@ def _train(
             group["lr"] = rate
         wanted = sum(int((example.labels[1:] != IGNORED).sum()) for example in chosen)
         loss = 0.0
-        for start in range(0, len(chosen), recipe.micro):
-            inputs, labels = _collate(chosen[start : start + recipe.micro], device)
+        mine = dealt(chosen)
+        for start in range(0, len(mine), recipe.micro):
+            inputs, labels = _collate(mine[start : start + recipe.micro], device)
             part = _loss(student, teacher, inputs, labels, recipe) / wanted
             part.backward()  # type: ignore[no-untyped-call]
             loss += float(part.detach())
             tokens += labels.numel()
+        add_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, recipe.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

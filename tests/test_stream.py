@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,17 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import graphprune
-from graphprune.disk import Checkpoint
+from graphprune import execute
+from graphprune.disk import Checkpoint, OnDisk, put
 from graphprune.errors import GraphpruneError
 from graphprune.rewrite.stream import streamed
 from graphprune.streamed import compile_streamed
 from tests.models import VOCABULARY, sharpened
 
 
-def saved(folder: Path, *, tied: bool = False, dtype: torch.dtype = torch.float32, shard: str = "30KB") -> Path:
+def saved(folder: Path, *, tied: bool = False, dtype: torch.dtype = torch.float32, shard: str = "30KB", layers: int = 2) -> Path:
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=88, num_hidden_layers=3, num_attention_heads=6,
+        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=88, num_hidden_layers=layers, num_attention_heads=6,
         num_key_value_heads=3, tie_word_embeddings=tied,
     )  # fmt: skip
     model = sharpened(transformers.LlamaForCausalLM(config)).to(dtype)
@@ -94,23 +97,103 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_with_the_reason(tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
-def test_forward_only_scores_from_disk_are_those_from_memory(tmp_path: Path) -> None:
+def drawn(rows: int = 6) -> graphprune.Calibration:
+    draw = torch.Generator().manual_seed(5)
+    ids = torch.randint(0, VOCABULARY, (rows, 11), generator=draw)
+    return graphprune.Calibration(tuple({"input_ids": pair} for pair in ids.split(2)), "drawn")
+
+
+@pytest.mark.parametrize(("method", "repair"), [("wanda_sp", ()), ("minitron", ()), ("taylor", ()), ("flap", ("least_squares",))])
+def test_scores_and_repairs_from_disk_are_those_from_memory(
+    tmp_path: Path, method: str, repair: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execute, "STRETCH", 20_000)
+    source = saved(tmp_path / "model", tied=method == "flap")
+    options: dict[str, Any] = {"keep": 0.6, "method": method, "calibration": drawn(), "passes": repair}
+    result = compile_streamed(source, tmp_path / "out", **options)
+    whole = graphprune.compile(graphprune.open_source(source).model, **options)
+    assert result.plan.dumps() == whole.plan.dumps()
+    kept, found = whole.model.state_dict(), tensors(tmp_path / "out")
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in found.items())
+    if repair:
+        cut = tensors(compile_streamed(source, tmp_path / "cut", plan=result.plan).path)
+        assert {name.split(".")[-2] for name in found if not torch.equal(found[name], cut[name])} == {"o_proj", "down_proj"}
+
+
+def test_a_stretch_reads_no_more_than_its_limit_and_ends_where_little_is_alive(tmp_path: Path) -> None:
     source = saved(tmp_path / "model")
     opened = graphprune.open_source(source)
     axes = graphprune.propagate(graphprune.trace(opened.model, opened.example_inputs()))
-    sums: list[dict[str, torch.Tensor]] = []
-    held = {name: tensor.detach() for name, tensor in opened.model.named_parameters()} | dict(opened.model.named_buffers())
+    sizes = {t.name: t.dtype.itemsize * torch.Size(t.shape).numel() for t in axes.trace.tensors.values()}
+    nodes = list(axes.trace.graph.nodes)
+    walk = execute.Abreast(axes.trace, Checkpoint(source), [], nodes)
+    for limit in (20_000, 60_000, 10**9):
+        stretches = list(walk.stretches(nodes, limit))
+        assert [node for stretch in stretches for node in stretch] == nodes
+        reads = [[name for node in stretch for name in walk.weights(node)] for stretch in stretches]
+        assert all(sum(sizes[name] for name in read) <= limit or len(read) == 1 for read in reads)
+        assert len(stretches) > 1 or limit == 10**9
+    held: list[int] = []
+    tensors_of = dict(opened.model.named_parameters()) | dict(opened.model.named_buffers())
 
-    class Weights(dict[str, torch.Tensor]):
-        def __missing__(self, name: str) -> torch.Tensor:
-            return Checkpoint(source)[name]
+    class Counted(dict[str, torch.Tensor]):
+        def __getitem__(self, name: str) -> torch.Tensor:
+            held.append(sum(t.numel() * t.element_size() for t in running.tensors.now.values()))
+            return super().__getitem__(name)
 
-    unsaved = {name: tensor for name, tensor in held.items() if name not in Checkpoint(source)}
-    for weights in (held, Weights(unsaved)):
-        found: dict[str, torch.Tensor] = {}
-        graphprune.see_inputs(
-            axes, weights, [opened.example_inputs()], lambda c, x, found=found: found.__setitem__(c.weight, x.square().sum(0))
-        )
-        sums.append(found)
-    assert sums[0].keys() == sums[1].keys()
-    assert all(torch.equal(sums[0][name], sums[1][name]) for name in sums[0])
+    running = execute.Abreast(axes.trace, Counted(tensors_of), [axes.trace.flatten(opened.example_inputs())] * 2, nodes)
+    for stretch in running.stretches(nodes, 60_000):
+        running.run(stretch)
+    assert max(held) <= 60_000
+    assert len(held) == len({n for node in nodes for n in running.weights(node)})
+    assert not running.tensors.now
+
+
+def test_a_weight_in_a_file_is_not_silently_changed_in_memory(tmp_path: Path) -> None:
+    source = saved(tmp_path / "model")
+    entry = Checkpoint(source).entries["model.norm.weight"]
+    weight = OnDisk.of(entry)
+    with pytest.raises(GraphpruneError, match="in place"):
+        weight.mul_(2)
+    before = entry.read()
+    put(weight, 2 * before)
+    assert torch.equal(weight + 0, 2 * before)
+    assert torch.equal(tensors(source)["model.norm.weight"], 2 * before)
+
+
+
+def test_what_needs_the_whole_model_says_so_and_writes_nothing(tmp_path: Path) -> None:
+    source = saved(tmp_path / "model")
+    for options, words in (
+        ({"method": "flap", "calibration": drawn(), "passes": ["mean_bias:add=true"]}, "in memory"),
+        ({"method": "flap"}, "Calibration"),
+    ):
+        with pytest.raises(GraphpruneError, match=words):
+            compile_streamed(source, tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+KILLED = """
+import os, signal, sys, torch
+from graphprune.rewrite import stream
+from graphprune.streamed import compile_streamed
+
+torch.set_num_threads(1)
+source, out, write = sys.argv[1], sys.argv[2], stream.write_all
+for last in (1, 9, 23):
+    child = os.fork()
+    if not child:
+        writes = iter(range(last))
+        stream.write_all = lambda *given: write(*given) if next(writes, None) is not None else os.kill(os.getpid(), signal.SIGKILL)
+        compile_streamed(source, out, keep=0.6)
+    print(os.waitpid(child, 0)[1], os.path.exists(out), sum(".part" in name for name in os.listdir(os.path.dirname(out))))
+compile_streamed(source, out, keep=0.6)
+"""
+
+
+def test_killed_anywhere_it_leaves_nothing_that_looks_complete_and_the_next_run_clears_up(tmp_path: Path) -> None:
+    source, out = saved(tmp_path / "model"), tmp_path / "out"
+    done = subprocess.run([sys.executable, "-c", KILLED, source, out], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["9 False 1"] * 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+    assert tensors(out).keys() == tensors(source).keys()
