@@ -13,7 +13,8 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, get_args, get_type_hints
 
 from graphprune.errors import UserMistake, nearest
 
@@ -143,6 +144,8 @@ def _bound(function: Callable[..., Any], options: Mapping[str, Any]) -> Pass:
 
 def _converted(value: Any, wanted: Any, name: str) -> Any:
     """An option given as text, as what the signature says."""
+    if isinstance(wanted, UnionType):
+        wanted = next(part for part in get_args(wanted) if part is not NoneType)
     if not isinstance(value, str) or wanted is str:
         return value
     try:

@@ -6,7 +6,10 @@ correction of the sliced weight, so that damping pulls towards what is known to 
 
     E = Y − W_S·X_S        W′ = W_S + E·X_Sᵀ · (X_S·X_Sᵀ + λ·diag(X_S·X_Sᵀ))⁻¹
 
-in float64, λ raised tenfold while a factorisation fails. A bias that the product has is fitted along. Three choices:
+in float64, λ raised tenfold while a factorisation fails. A bias that the product has is fitted along. Unless ``damping`` says it,
+λ is chosen weight by weight: the one whose fit to either half of the batches (even, odd) leaves the least error on the other, and
+no change where none leaves less than before. Where batches of two kinds of text alternate, that is what carries over from each
+kind to the other. Three choices:
 
 ``given``  inputs ``now``, as the layers already pruned and repaired send them (sequential), or ``then``, the original's
 ``aim``    ``outputs``: the original's outputs; ``sums``: the original's stream after it, so that a weight also makes up for
@@ -22,7 +25,7 @@ as the norm that reads the stream does; else a few huge positions are all that c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +35,15 @@ from graphprune.capture import fitted
 from graphprune.errors import UserMistake, nearest
 from graphprune.execute import tensors_of
 from graphprune.lockstep import Emitted, Reading, Site, side_by_side
-from graphprune.ranks import dealt, summed
+from graphprune.ranks import dealt, numbered, summed
+
+Moments = tuple[Tensor, Tensor]
+"""Of one half of the batches: Σ x·xᵀ (inputs, inputs) and Σ e·xᵀ (rows, inputs), e being the error to make up for."""
+
+FEW = 0.01
+"""λ where there are not two batches to choose it by."""
+
+DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 CHOICES = {"given": ("now", "then"), "aim": ("sums", "outputs"), "where": ("readers", "writers", "all")}
 
@@ -48,7 +59,7 @@ def least_squares(
     aim: str = "sums",
     where: str = "writers",
     even: bool = True,
-    damping: float = 0.01,
+    damping: float | None = None,
 ) -> Pruned:
     """The pruned model with repaired weights; shapes, config and the original stay as they are."""
     for option, value in (("given", given), ("aim", aim), ("where", where)):
@@ -78,13 +89,13 @@ def _repair(
     given: str,
     aim: str,
     even: bool,
-    damping: float,
+    damping: float | None,
 ) -> None:
     """Replace the site's weight, and its bias, by the fitted one."""
     weight, layout = smaller[site.weight], site.product.layout
     matrix = layout.matrix(weight)[0].detach()
-    sums: dict[str, Tensor] = {}
-    for reading in readings:
+    sums: dict[tuple[str, int], Tensor] = {}
+    for place, reading in numbered(readings):
         x = reading.now if given == "now" else reading.then[:, site.kept]
         missing = reading.wanted - x @ matrix.T
         if aim == "sums" and reading.drift is not None:
@@ -94,14 +105,40 @@ def _repair(
         if even and reading.stream is not None:
             size = reading.stream.square().mean(1, keepdim=True).sqrt().clamp_min(torch.finfo(x.dtype).tiny)
             x, missing = x / size, missing / size
-        for name, product in (("gram", x.T @ x), ("cross", missing.T @ x)):
+        for name, product in ((("gram", place % 2), x.T @ x), (("cross", place % 2), missing.T @ x)):
             sums[name] = sums[name].add_(product) if name in sums else product.double()
-    change = solve(**summed(sums), damping=damping)
+    change = _change(summed(sums), damping)
     width = len(site.kept)
     repaired = matrix.double() + change[:, :width]
     smaller[site.weight] = layout.restored(repaired[None].to(weight.dtype), weight)
     if site.bias is not None:
         smaller[site.bias] = (smaller[site.bias].double() + change[:, width]).to(weight.dtype)
+
+
+def _change(sums: Mapping[tuple[str, int], Tensor], damping: float | None) -> Tensor:
+    """The correction that the sums over even and odd batches ask for."""
+    halves = [(sums["gram", half], sums["cross", half]) for half in (0, 1) if ("gram", half) in sums]
+    if damping is None and len(halves) == 2:
+        return carried(*halves)
+    gram, cross = (torch.stack(part).sum(0) for part in zip(*halves, strict=True))
+    return solve(gram, cross, FEW if damping is None else damping)
+
+
+def carried(one: Moments, other: Moments) -> Tensor:
+    """The correction from two halves together, λ being the one that serves each half best when fitted to the other; or zero."""
+    gram, cross = one[0] + other[0], one[1] + other[1]
+    best, least = None, 0.0
+    for damping in DAMPINGS:
+        error = sum(_error(solve(*fitted_to, damping), *seen) for fitted_to, seen in ((one, other), (other, one)))
+        if error > least and best is not None:
+            break
+        best, least = (damping, error) if error < least else (best, least)
+    return torch.zeros_like(cross) if best is None else solve(gram, cross, best)
+
+
+def _error(change: Tensor, gram: Tensor, cross: Tensor) -> float:
+    """How much more squared error there is with the change than without it."""
+    return float(((change @ gram - 2 * cross) * change).sum())
 
 
 def solve(gram: Tensor, cross: Tensor, damping: float) -> Tensor:

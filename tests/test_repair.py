@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from graphprune.passes.least_squares import solve
+from graphprune.passes.least_squares import DAMPINGS, carried, solve
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -190,6 +190,35 @@ def test_least_squares_on_convolutions() -> None:
     missing = patches.flatten(1) @ kernel.flatten(1).T - part @ kernel[:, stay].flatten(1).T
     change = fitted(torch.cat([part, torch.ones(len(part), 1)], 1), missing)
     same(result.model.two.weight, kernel[:, stay] + change[:, :-1].reshape(7, len(stay), 3, 3))
+
+
+def halves(signal: float) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Two halves of a small regression, x and what is missing, with their moments."""
+    draw = torch.Generator().manual_seed(3)
+    truth = signal * torch.randn(5, 12, generator=draw, dtype=torch.float64)
+    found = []
+    for _ in range(2):
+        x = torch.randn(40, 12, generator=draw, dtype=torch.float64)
+        missing = x @ truth.T + torch.randn(40, 5, generator=draw, dtype=torch.float64)
+        found.append((x, missing, x.T @ x, missing.T @ x))
+    return found
+
+
+@pytest.mark.parametrize("signal", [0.1, 0.3, 3.0])
+def test_the_damping_that_carries_over(signal: float) -> None:
+    """It is the one that cross-validation on the data themselves picks."""
+    (x, e, *one), (y, f, *other) = halves(signal)
+    left = {
+        damping: (f - y @ solve(*one, damping).T).square().sum() + (e - x @ solve(*other, damping).T).square().sum()
+        for damping in DAMPINGS
+    }
+    expected = solve(one[0] + other[0], one[1] + other[1], min(left, key=left.__getitem__))
+    torch.testing.assert_close(carried(tuple(one), tuple(other)), expected)
+
+
+def test_noise_changes_nothing() -> None:
+    (_, _, *one), (_, _, *other) = halves(0.0)
+    assert carried((one[0], one[1]), (other[0], -one[1])).abs().max() == 0
 
 
 def test_damping_never_fails() -> None:
