@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import sys
@@ -79,7 +80,13 @@ def compile_(
     scope: Annotated[
         str, typer.Option(help="'local': every layer the same share; 'global': the least important anywhere.")
     ] = "local",
-    round_to: Annotated[int, typer.Option(help="Keep multiples of this many units.")] = 1,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="In place of --keep, a share of the whole model: parameters|bytes|flops|kv|latency=0.7; repeatable."),
+    ] = None,
+    round_to: Annotated[
+        int | None, typer.Option(help="Keep multiples of this many units (default: of 16 or 64 for wide FFNs; 1: any).")
+    ] = None,
     minimum: Annotated[int, typer.Option(help="Keep at least this many units of every group.")] = 1,
     protect: Annotated[list[str] | None, typer.Option(help="A module, tensor or glob to leave alone; repeatable.")] = None,
     alike: Annotated[
@@ -113,7 +120,7 @@ def compile_(
     steps = [find_pass(method), *(find_pass(spec) for spec in extra or [])]
     settings: dict[str, Any] = {
         "keep": keep, "keep_of": keep_of, "method": steps[0], "kinds": _listed(kinds), "scope": scope, "round_to": round_to,
-        "minimum": minimum, "protect": protect or (), "seed": seed, "passes": steps[1:],
+        "minimum": minimum, "protect": protect or (), "seed": seed, "passes": steps[1:], "target": _shares(target or ()),
     }  # fmt: skip
     with _progress() as show:
         show("opening")
@@ -244,18 +251,31 @@ def recover_(
 @app.command("eval")
 def evaluate(
     model: Model,
-    text: Annotated[str, typer.Option(help="A text file, .jsonl[:field], or a datasets name.")],
+    text: Annotated[str | None, typer.Option(help="For perplexity: a text file, .jsonl[:field], or a datasets name.")] = None,
     length: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
     protocol: Annotated[str | None, typer.Option(help="A paper's protocol: llm-pruner or wanda.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most this many windows.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, with commas; needs graphprune[tasks].")] = None,
+    include: Annotated[Path | None, typer.Option(help="A directory with task descriptions of your own.")] = None,
+    shots: Annotated[int | None, typer.Option(help="Examples before each question (default: the task's).")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many windows, or questions a task.")] = None,
     dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
-    """Measure the perplexity of MODEL; the protocol is written into the result."""
+    """Measure the perplexity of MODEL on a text, or its scores on lm-eval tasks; the protocol is part of the result."""
+    if not text and not tasks:
+        raise UserMistake("nothing to measure", fix="--text FILE, or --tasks NAME,…")
+    harness = _harness() if tasks else None
     source = open_source(model, dtype=_dtype(dtype))
-    how = published(protocol, source.model) if protocol else None
-    found = perplexity(source.model, source.tokenizer(), read_texts(text), length=length, limit=limit, protocol=how)
-    out.print(str(found))
+    if text:
+        how = published(protocol, source.model) if protocol else None
+        found = perplexity(source.model, source.tokenizer(), read_texts(text), length=length, limit=limit, protocol=how)
+        out.print(str(found))
+    if harness:
+        scores = harness.evaluate_tasks(
+            source.model, source.tokenizer(), _listed(tasks) or [], include=include, shots=shots, limit=limit
+        )
+        for task, row in scores.items():
+            out.print(f"{task}  {' '.join(f'{name} {value:.4f}' for name, value in row.items())}", markup=False, highlight=False)
 
 
 @app.command()
@@ -326,6 +346,27 @@ def _dtype(name: str | None) -> torch.dtype | None:
     if name not in known:
         raise UserMistake(f"no dtype {name!r}", fix=nearest(name, known))
     return known[name]
+
+
+def _harness() -> Any:
+    """The room that needs the extra; a model is opened only when it is there."""
+    try:
+        return importlib.import_module("graphprune.tasks")
+    except ImportError as error:
+        why = f"no module {error.name}"
+        raise UserMistake("lm-eval is not installed", why=why, fix="pip install 'graphprune[tasks]'") from error
+
+
+def _shares(targets: Sequence[str]) -> dict[str, float]:
+    """``latency=0.7`` as a name and a number."""
+    found = {}
+    for target in targets:
+        name, _, share = target.partition("=")
+        try:
+            found[name] = float(share)
+        except ValueError:
+            raise UserMistake(f"{target!r} is no target", fix="write latency=0.7") from None
+    return found
 
 
 def _listed(text: str | None) -> list[str] | None:
