@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from graphprune.errors import ModelLimit, first_line
 from graphprune.known import Known, agrees, casts_that_do_nothing
 from graphprune.repeat import Repeats, write_out
+from graphprune.slices import as_slices
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "tag_activation_checkpoint", "wrap")
@@ -138,6 +139,8 @@ def _as_trace(
     tensors, constants = _tensors(program, model)
     called = {node.meta["called"]: node.name for node in flat.graph.nodes if node.op == "placeholder"}
     tensors = {called[holder]: tensor for holder, tensor in tensors.items()}
+    values = {node: constants.get(tensors[node.name].name) for node in flat.graph.nodes if node.name in tensors}
+    as_slices(flat.graph, {node: value for node, value in values.items() if value is not None})
     users = [called[spec.arg.name] for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     if in_spec is None or out_spec is None:

@@ -499,6 +499,8 @@ row("index by masks", lambda x, m, i: x[m, i].sum(), "4 5, 4, 1 -> ()", X(4, 5),
 row("nonzero", lambda x: torch.where(x)[0].sum(), "4 -> ()", B(4))
 row("index table", lambda i, w: w[i.view(-1)].view(3, 3, 5), "a b, 9 c -> a b c", I(3, 3, below=9), P(9, 5))
 row("unsafe_index", lambda x, i: aten._unsafe_index(x, [None, i]), "a 4, b -> a b", X(2, 4), I(5, below=4))
+row("index by a list", lambda x: x[:, [-2, 1, 2]], "a 1+b+c+1+1 -> a 1+b", X(2, 7))
+row("index by a long list", lambda x: x[:, [4, 2, 0, 1, 3, 1]], "a 7 -> a b", X(2, 7))
 row("index_put", lambda x, i, y: x.clone().index_put((i,), y), "4 a, 2, 2 a -> 4 a", X(4, 3), I(2, below=4), X(2, 3))
 row("index_put behind", lambda x, i, y: _written(x.clone(), (slice(None), i), y), "a 4 b, 2, 2 b -> a 4 b", X(3, 4, 5), I(2, below=4), X(2, 5))
 row("index_put apart", lambda x, i, j, y: _written(x.clone(), (i, slice(None), j), y), "4 a 5 b, 2, 2, 2 a b -> 4 a 5 b", X(4, 3, 5, 6), I(2, below=4), I(2, below=5), X(2, 3, 6))

@@ -36,3 +36,17 @@ class LinearBias(nn.Module):
         slopes = torch.cat([slopes[1::2], slopes[::2]])[:6]
         bias = slopes.view(1, 6, 1, 1) * torch.arange(-4, 1).view(1, 1, 1, 5)
         return self.o(((q @ k.transpose(-1, -2) + bias).softmax(-1) @ v).transpose(1, 2).reshape(2, 5, 18))
+
+
+@takes(2, 5, 8)
+class MultiQuery(nn.Module):
+    """Falcon: one projection for all queries and the only key and value, taken apart by lists of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o = nn.Linear(8, 24), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fused = self.qkv(x).view(2, 5, 6, 4)
+        q, k, v = (part.transpose(1, 2) for part in (fused[..., :-2, :], fused[..., [-2], :], fused[..., [-1], :]))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 5, 16))
