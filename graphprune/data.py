@@ -1,6 +1,7 @@
 """What a model is fed: a calibration spec and a Source in, a Calibration (batches of inputs) out.
 
-A spec is ``self`` (sampled from the model), ``random``, a text file, JSON lines, or a ``datasets`` name.
+A spec is ``self`` (sampled from the model), ``random``, a text file, JSON lines, or a ``datasets`` name; ``a.jsonl+self`` is half
+of each, batches in turn.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from inspect import signature
+from itertools import zip_longest
 from pathlib import Path
 from random import Random
 from typing import Any, Protocol
@@ -80,6 +82,12 @@ def calibrate(
     if not isinstance(spec, str):
         return Calibration(tuple(dict(inputs) for inputs in spec), "given inputs", seed)
     _check_sizes(source, samples=samples, length=length, batch=batch)
+    if len(parts := _parts(spec)) > 1:
+        sizes = [samples // len(parts) + (i < samples % len(parts)) for i in range(len(parts))]
+        drawn = [calibrate(p, source, samples=n, length=length, batch=batch, seed=seed) for p, n in zip(parts, sizes, strict=True)]
+        turns = zip_longest(*(part.inputs for part in drawn))
+        inputs = tuple(batch for turn in turns for batch in turn if batch is not None)
+        return Calibration(inputs, spec, seed, frozenset().union(*(part.lines for part in drawn)))
     if spec == "random" and not hasattr(source.config, "vocab_size"):
         return _random_inputs(source, samples, batch, seed)
     rows, texts = _rows(spec, source, samples, length, seed)
@@ -168,6 +176,11 @@ def _check_sizes(source: Feed, **sizes: int) -> None:
         raise UserMistake(f"length is {sizes['length']}", why=f"the model reads at most {limit} tokens", fix=f"length ≤ {limit}")
 
 
+def _parts(spec: str) -> list[str]:
+    """The specs that a mixture names; a file may have a plus in its name."""
+    return [spec] if Path(spec).exists() else [part for part in spec.split("+") if part]
+
+
 def _rows(spec: str, source: Feed, samples: int, length: int, seed: int) -> tuple[Tensor, list[str]]:
     """Token ids (samples, length), and the texts they were cut from."""
     if spec == "self":
@@ -180,14 +193,20 @@ def _rows(spec: str, source: Feed, samples: int, length: int, seed: int) -> tupl
 
 
 def _sample_self(source: Feed, samples: int, length: int, seed: int) -> Tensor:
-    """Sequences that the model itself writes at temperature 1, from its beginning-of-sequence token on."""
+    """Sequences that the model itself writes at temperature 1.
+
+    The first, third, … begin with its beginning-of-sequence token, the others with a token at random, as in LLM-QAT
+    (arXiv 2305.17888): what a model says of its own accord is narrower than what it knows.
+    """
     model, start = source.model, _start_token(source.config)
     device = next(model.parameters()).device
     if device.type == "meta" or getattr(source.config, "is_encoder_decoder", False):
         why = "its weights are not loaded" if device.type == "meta" else "it needs an input to answer"
         raise UserMistake("the model cannot write its own calibration text", why=why, fix="calibrate on a text, or on random ids")
     draw = torch.Generator().manual_seed(seed)
-    prompts = torch.split(torch.full((samples, 1), start, device=device), SAMPLED_AT_ONCE)
+    first = torch.full((samples, 1), start)
+    first[1::2] = ordinary_ids(source.config.vocab_size, _special(source.config), (samples // 2, 1), draw)
+    prompts = torch.split(first.to(device), SAMPLED_AT_ONCE)
     return torch.cat([decode(model, prompt, lambda logits: _sampled(logits, draw), length - 1).cpu() for prompt in prompts])
 
 

@@ -82,12 +82,23 @@ def test_a_spec_gives_batches_that_its_seed_decides(spec: str, source: Source, t
 
 
 def test_sampling_begins_at_the_beginning_and_follows_the_model(source: Source) -> None:
-    rows = torch.cat(calibrate("self", source, samples=400, length=2, batch=400).batches)
+    every = torch.cat(calibrate("self", source, samples=800, length=2, batch=400).batches)
+    rows, strangers = every[::2], every[1::2, 0]
     assert set(rows[:, 0].tolist()) == {1}
+    assert len(set(strangers.tolist())) > len(VOCABULARY) / 2
     with torch.no_grad():
         expected = source.model(torch.tensor([[1]])).logits[0, -1].softmax(-1)
     found = torch.bincount(rows[:, 1], minlength=len(VOCABULARY)) / 400
     assert (found - expected).abs().max() < 0.08
+
+
+def test_a_mixture_takes_its_batches_in_turn(source: Source, tmp_path: Path) -> None:
+    text = str(lines(tmp_path / "t.jsonl", [document(40, start) for start in range(9)]))
+    sizes = {"samples": 4, "length": 12, "batch": 2, "seed": 5}
+    (one,), (other,) = (calibrate(spec, source, **sizes | {"samples": 2}).batches for spec in (text, "self"))
+    mixed = calibrate(f"{text}+self", source, **sizes)
+    assert torch.equal(torch.cat(mixed.batches), torch.cat([one, other]))
+    assert mixed.lines == calibrate(text, source, **sizes | {"samples": 2}).lines
 
 
 def test_the_cache_changes_nothing(source: Source) -> None:
