@@ -69,7 +69,8 @@ def compile(  # noqa: A001  the product's own verb
     kinds: Sequence[str] | None = None,
     scope: str = "local",
     keep_of: str = "groups",
-    round_to: int | Mapping[str, int] = 1,
+    target: Mapping[str, float] | None = None,
+    round_to: int | Mapping[str, int] | None = None,
     minimum: int | Mapping[str, int] = 1,
     protect: Sequence[str] = (),
     alike: bool | None = None,
@@ -90,7 +91,10 @@ def compile(  # noqa: A001  the product's own verb
     bad arguments; nothing is changed then.
     """
     torch.manual_seed(seed)
-    budget = Budget(keep, keep_of, scope, kinds, tuple(protect), round_to, minimum, _alike(model, alike, emit))
+    shrink_alike = _alike(model, alike, emit)
+    budget = Budget(
+        keep, keep_of, scope, kinds, tuple(protect), round_to, minimum, shrink_alike, dict(target or {})
+    )
     given: Facts = {nn.Module: model, Example: example_for(model, example_inputs, calibration), Emission: Emission(emit, verify)}
     if calibration is not None:
         given[Calibration] = calibration if isinstance(calibration, Calibration) else Calibration(tuple(calibration), "given")
@@ -98,7 +102,7 @@ def compile(  # noqa: A001  the product's own verb
     given[Notes] = Notes(notes)
     given[Budget] = budget
     scorer = find_pass(method, **seeded(method, options or {}, seed))
-    stages = whole_pieces(scorer, kinds) if kinds is not None and set(kinds) & set(WHOLE) else pipeline(scorer)
+    stages = whole_pieces(scorer, kinds, budget) if kinds is not None and set(kinds) & set(WHOLE) else pipeline(scorer)
     facts = run(with_extras(stages, [find_pass(extra) for extra in passes]), given, progress)
     pruned: Pruned = facts[Pruned]
     return Result(pruned.model, facts[Plan], facts[Groups], pruned, tuple(notes), facts)
@@ -109,10 +113,12 @@ def pipeline(scorer: Pass) -> list[Pass]:
     return [Pass(traced), Pass(propagate), Pass(couple), Pass(narrow), Pass(stock_steps), scorer, Pass(select), Pass(rewrite)]
 
 
-def whole_pieces(scorer: Pass, kinds: Sequence[str]) -> list[Pass]:
+def whole_pieces(scorer: Pass, kinds: Sequence[str], budget: Budget) -> list[Pass]:
     """The stages that remove layers or branches; widths are for another compile, of what this one gives."""
     if len(kinds) > 1:
         raise UserMistake(f"{', '.join(kinds)} cannot go in one compile", fix="remove layers first, then compile the result again")
+    if budget.target:
+        raise UserMistake("a target is for widths", why="whole pieces are counted by parameters", fix="use keep")
 
     if scorer.options.get("aggregate") in ("last-only", "first-only"):
         raise UserMistake("a layer has no first or last member", fix="aggregate=sum")
@@ -156,7 +162,9 @@ def stock_steps(model: nn.Module, groups: Groups, budget: Budget, emission: Emis
     steps = {}
     for kind in groups.kinds:
         asked = for_kind(budget.round_to, kind)
-        steps[kind] = next((step for step in _steps(groups, kind, asked) if not _refused(model, groups, kind, step, budget)), asked)
+        step = next((step for step in _steps(groups, kind, asked) if not _refused(model, groups, kind, step, budget)), asked)
+        if step > 1 or isinstance(budget.round_to, int):
+            steps[kind] = step
     return replace(budget, round_to=steps)
 
 

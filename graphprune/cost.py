@@ -1,19 +1,26 @@
-"""Axes and sizes in, exact costs out: every cost is a polynomial in factor sizes, so asking costs microseconds."""
+"""Axes and sizes in, costs out: all but seconds are polynomials in factor sizes, exact, so asking costs microseconds."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from torch import fx
+from torch import Tensor, fx
 
 from graphprune.axes import Axis, Factor
+from graphprune.latency import Latency
 from graphprune.propagate import Axes
 
 Sizes = Mapping[Factor, int]
 """How many units each shrinking factor keeps."""
+
+Measure = Callable[[Sizes], float]
+"""What a model costs once factors have the given sizes."""
+
+RELAYING = ("expand", "unsqueeze", "view", "_unsafe_view", "reshape", "clone", "contiguous", "transpose", "permute", "t", "slice")
+"""Operations that hand values on: what attends to a repeated key attends to the key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,39 +32,101 @@ class Cost:
     flops: int
 
 
+@dataclass(frozen=True, slots=True)
+class Polynomial:
+    """A sum of products of axis sizes, each with a whole number in front."""
+
+    terms: tuple[tuple[int, tuple[Axis, ...]], ...]
+
+    def __call__(self, sizes: Sizes) -> int:
+        keep = {factor: range(size) for factor, size in sizes.items()}
+        return sum(weight * prod(axis.resized(keep) for axis in axes) for weight, axes in self.terms)
+
+
 def parameters(axes: Axes, sizes: Sizes, names: Iterable[str] | None = None) -> int:
     """Number of parameters, of all of them or of those named, once factors have the given sizes."""
-    keep = {factor: range(size) for factor, size in sizes.items()}
-    chosen = axes.trace.parameters if names is None else names
-    return sum(prod(axis.resized(keep) for axis in axes.tensors[name]) for name in chosen)
+    return parameter_count(axes, names)(sizes)
 
 
 def cost(axes: Axes, sizes: Sizes) -> Cost:
-    """Every cost at once."""
-    keep = {factor: range(size) for factor, size in sizes.items()}
-    count = weight = 0
-    for name, traced in axes.trace.parameters.items():
-        size = prod(axis.resized(keep) for axis in axes.tensors[name])
-        count += size
-        weight += size * traced.dtype.itemsize
-    return Cost(count, weight, flops(axes, sizes))
+    """Parameters, bytes and FLOPs at once."""
+    return Cost(parameters(axes, sizes), weight_bytes(axes)(sizes), flops(axes, sizes))
 
 
 def flops(axes: Axes, sizes: Sizes) -> int:
     """Two for each multiply-add of every contraction in the traced graph, at the traced batch and sequence sizes."""
-    keep = {factor: range(size) for factor, size in sizes.items()}
+    return operations(axes)(sizes)
+
+
+def parameter_count(axes: Axes, names: Iterable[str] | None = None) -> Polynomial:
+    """The number of parameters."""
+    chosen = axes.trace.parameters if names is None else names
+    return Polynomial(tuple((1, axes.tensors[name]) for name in chosen))
+
+
+def weight_bytes(axes: Axes) -> Polynomial:
+    """The bytes of the parameters, in the dtypes that they were traced with."""
+    return Polynomial(tuple((traced.dtype.itemsize, axes.tensors[name]) for name, traced in axes.trace.parameters.items()))
+
+
+def operations(axes: Axes) -> Polynomial:
+    """FLOPs of one traced forward: of products, not of sums over a single operand (the mean in a norm)."""
     summed: dict[fx.Node, list[Axis]] = defaultdict(list)
+    operands: dict[fx.Node, set[fx.Node]] = defaultdict(set)
     for use in axes.uses:
-        if use.role == "contracted" and use.axis not in summed[use.node]:
-            summed[use.node].append(use.axis)
-    return sum(2 * _products(axes, node, inner, keep) for node, inner in summed.items())
+        if use.role == "contracted":
+            operands[use.node].add(use.operand)
+            summed[use.node] += [] if use.axis in summed[use.node] else [use.axis]
+    products = (product for node, inner in summed.items() if len(operands[node]) > 1 for product in _products(axes, node, inner))
+    return Polynomial(tuple((2, product) for product in products))
 
 
-def _products(axes: Axes, node: fx.Node, inner: Sequence[Axis], keep: Mapping[Factor, range]) -> int:
+def _products(axes: Axes, node: fx.Node, inner: Sequence[Axis]) -> Iterator[tuple[Axis, ...]]:
     """Multiply-adds of one contraction. Attention is two: queries · keys over the width, then weights · values over positions."""
-    out = [axis.resized(keep) for axis in axes.nodes[node] if isinstance(axis, Axis)]
-    widths = [axis.resized(keep) for axis in inner]
-    if "scaled_dot_product" in str(node.target) and len(widths) == 2:
-        width, positions = widths
-        return prod(out[:-1]) * positions * (width + out[-1])
-    return prod(out) * prod(widths)
+    out = tuple(axis for axis in axes.nodes[node] if isinstance(axis, Axis))
+    if "scaled_dot_product" in str(node.target) and len(inner) == 2:
+        width, positions = inner
+        yield from ((*out[:-1], positions, width), (*out[:-1], positions, out[-1]))
+    else:
+        yield (*out, *inner)
+
+
+def cache_bytes(axes: Axes) -> Polynomial:
+    """The bytes of all keys and values of one traced forward, as a cache holds them: before they are repeated for their queries."""
+    held = dict.fromkeys(_origin(node) for node in axes.trace.graph.nodes for node in _attended(axes, node))
+    return Polynomial(tuple((node.meta["val"].dtype.itemsize, axes.nodes[node]) for node in held))
+
+
+def _attended(axes: Axes, node: fx.Node) -> list[fx.Node]:
+    """The keys and values that a node attends to: of a product of two activations, the second."""
+    name = str(node.target)
+    if "scaled_dot_product" in name:
+        return [operand for operand in node.args[1:3] if isinstance(operand, fx.Node)]
+    if not any(product in name for product in ("aten.matmul.", "aten.bmm.")):
+        return []
+    first, second = node.args[:2]
+    return [second] if isinstance(second, fx.Node) and {first, second} <= axes.activations else []  # type: ignore[arg-type]
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """The smallest value along the way that a value was handed on, the latest of them."""
+    least = node
+    while str(node.target).removeprefix("aten.").partition(".")[0] in RELAYING:
+        node = node.all_input_nodes[0]
+        least = node if _elements(node) < _elements(least) else least
+    return least
+
+
+def _elements(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return int(value.numel()) if isinstance(value, Tensor) else 0
+
+
+MEASURES: Mapping[str, Callable[[Axes], Measure]] = {
+    "parameters": parameter_count,
+    "bytes": weight_bytes,
+    "flops": operations,
+    "kv": cache_bytes,
+    "latency": Latency,
+}
+"""What a budget may be a share of, of the whole model."""

@@ -38,7 +38,7 @@ class Plan:
     method: str
     options: Mapping[str, Any]
     cuts: tuple[Cut, ...]
-    cost: Mapping[str, Mapping[str, int]]
+    cost: Mapping[str, Mapping[str, float]]
 
     def keep(self, groups: Groups) -> dict[Factor, Sequence[int]]:
         """The surviving units by factor, on the groups of the model the plan is applied to. Raises UserMistake on a stranger."""

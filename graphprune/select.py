@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,11 +18,17 @@ import torch
 from torch import Tensor
 
 from graphprune.axes import Factor
-from graphprune.cost import cost, parameters
+from graphprune.cost import MEASURES, Measure, cost, parameter_count
 from graphprune.errors import ModelLimit, UserMistake, nearest
 from graphprune.groups import KINDS, Group, Groups
 from graphprune.plan import Cut, Plan, fingerprint
 from graphprune.score import Scores
+
+WIDE = {4096: 64, 512: 16}
+"""What kept FFN widths are multiples of unless a budget says otherwise, by the least width it is for."""
+
+SMALLEST = 1e-9
+"""A step that frees nothing, or less than a measurement can tell, is priced at this share of the whole."""
 
 ALIASES = {"attention": ("head",), "heads": ("head",), "width": ("hidden",), "all": KINDS}
 
@@ -31,10 +37,13 @@ ALIASES = {"attention": ("head",), "heads": ("head",), "width": ("hidden",), "al
 class Budget:
     """How much may stay, and under which rules.
 
-    ``keep`` is a share of the parameters of the groups of the allowed kinds, or of the whole ``model``. ``kinds`` None means
-    attention heads and FFN channels where there is attention, everything otherwise. ``round_to`` makes kept sizes multiples,
-    ``minimum`` bounds them below, ``alike`` makes equal layers shrink alike, ``protect`` names (globs, modules, tensors, groups)
-    what must not change.
+    ``keep`` is a share of the parameters of the groups of the allowed kinds, or of the whole ``model``. ``target`` takes its place:
+    shares of the whole model's ``parameters``, ``bytes`` of weights, ``flops``, ``kv`` (bytes of cached keys and values) or
+    ``latency`` (measured on this machine, of a forward of the traced sizes) that may stay, all of them. ``kinds`` None means
+    attention heads and FFN channels where there is attention, everything otherwise. ``round_to`` makes kept sizes multiples; a
+    kind it does not name gets what hardware likes, ``WIDE``, as long as that does not put the budget out of reach. ``minimum``
+    bounds sizes below, ``alike`` makes equal layers shrink alike, ``protect`` names (globs, modules, tensors, groups) what must
+    not change.
     """
 
     keep: float = 0.8
@@ -42,9 +51,10 @@ class Budget:
     scope: str = "local"
     kinds: Sequence[str] | None = None
     protect: Sequence[str] = ()
-    round_to: int | Mapping[str, int] = 1
+    round_to: int | Mapping[str, int] | None = None
     minimum: int | Mapping[str, int] = 1
     alike: bool = False
+    target: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
@@ -53,6 +63,11 @@ class Budget:
         for name, value, choices in (("keep_of", self.keep_of, ("groups", "model")), ("scope", self.scope, scopes)):
             if value not in choices:
                 raise UserMistake(f"{name} cannot be {value!r}", fix=nearest(value, choices))
+        for name, share in self.target.items():
+            if name not in MEASURES:
+                raise UserMistake(f"no budget is called {name!r}", fix=nearest(name, MEASURES))
+            if not 0 < share <= 1:
+                raise UserMistake(f"a target of {name} must be above 0 and at most 1, not {share}", fix=f"{name}=0.8 keeps 80 %")
 
 
 @dataclass(frozen=True)
@@ -116,9 +131,27 @@ def select(groups: Groups, scores: Scores, budget: Budget) -> Plan:
     ledger = Ledger(groups, chosen, budget)
     levers = _levers(ledger.free, scores, budget)
     depths = _pull(levers, ledger, budget)
-    if ledger.cost(levers, depths) > ledger.target:
+    if not ledger.allows(levers, depths) and (fine := replace(budget, round_to=_asked(budget, kinds))) != budget:
+        levers = _levers(ledger.free, scores, fine)
+        depths = _pull(levers, ledger, fine)
+    if not ledger.allows(levers, depths):
         raise ledger.out_of_reach(levers, depths)
-    return _plan(groups, scores, budget, levers, depths)
+    return _plan(groups, scores, budget, levers, depths, ledger)
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A cost that may not exceed a share of what it is for the whole model."""
+
+    name: str
+    measure: Measure
+    share: float
+    before: float
+
+    @property
+    def most(self) -> float:
+        """The largest cost that is allowed."""
+        return self.share * self.before
 
 
 class Ledger:
@@ -130,21 +163,31 @@ class Ledger:
         self.free = [group for group in chosen if not group.touches(budget.protect)]
         known = groups.axes.trace.parameters
         within = {member.name for group in chosen for member in group.members if member.name in known}
-        self.names = sorted(within) if budget.keep_of == "groups" else list(known)
-        self.before = parameters(self.axes, {}, self.names)
-        self.target = int(budget.keep * self.before)
+        if budget.target:
+            asked = [(name, MEASURES[name](self.axes), share) for name, share in budget.target.items()]
+        else:
+            names = sorted(within) if budget.keep_of == "groups" else None
+            asked = [("parameters", parameter_count(self.axes, names), budget.keep)]
+        self.limits = [Limit(name, measure, share, measure({})) for name, measure, share in asked]
 
-    def cost(self, levers: Sequence[Lever], depths: Sequence[int]) -> int:
-        """Parameters left."""
-        return parameters(self.axes, sizes_of(levers, depths), self.names)
+    def allows(self, levers: Sequence[Lever], depths: Sequence[int]) -> bool:
+        """Whether no cost exceeds its limit."""
+        sizes = sizes_of(levers, depths)
+        return all(limit.measure(sizes) <= limit.most for limit in self.limits)
+
+    def cost(self, levers: Sequence[Lever], depths: Sequence[int]) -> float:
+        """What is left of the first cost that is limited."""
+        return self.limits[0].measure(sizes_of(levers, depths))
 
     def out_of_reach(self, levers: Sequence[Lever], depths: Sequence[int]) -> ModelLimit:
         """The error when everything that may go has gone and it is not enough."""
-        best = self.cost(levers, depths) / self.before
+        sizes = sizes_of(levers, depths)
+        limit = next(limit for limit in self.limits if limit.measure(sizes) > limit.most)
+        best = limit.measure(sizes) / (limit.before or 1)
         stands = [f"{len(self.budget.protect)} protected names"] if self.budget.protect else []
-        stands += [f"minimum {self.budget.minimum}", f"multiples of {self.budget.round_to}"]
+        stands += [f"minimum {self.budget.minimum}", f"multiples of {self.budget.round_to or 1}"]
         return ModelLimit(
-            f"a budget of {self.budget.keep:.1%} is out of reach: {best:.1%} is as small as these groups get",
+            f"a budget of {limit.share:.1%} of {limit.name} is out of reach: {best:.1%} is as small as these groups get",
             why=f"{sum(1 for lever in levers for _ in lever.groups)} groups of kinds "
             f"{', '.join(sorted({lever.groups[0].kind for lever in levers})) or 'none'} may shrink; {', '.join(stands)}",
             fix="allow more kinds, protect less, or lower the minimum",
@@ -174,15 +217,27 @@ def _levers(free: Sequence[Group], scores: Scores, budget: Budget) -> list[Lever
 def _lever(groups: tuple[Group, ...], scores: Scores, budget: Budget) -> Lever:
     sorts = [torch.sort(scores[group.name], stable=True) for group in groups]
     values = torch.stack([values for values, _ in sorts]).sum(0)
-    kind, step = groups[0].kind, for_kind(budget.round_to, groups[0].kind)
+    kind, step = groups[0].kind, _step(budget, groups[0])
     step = step if step < groups[0].size else 1
     floor = max(1, for_kind(budget.minimum, kind), *(group.least for group in groups))
     return Lever(groups, tuple(order for _, order in sorts), values, step, floor)
 
 
-def for_kind(setting: int | Mapping[str, int], kind: str) -> int:
-    """A setting given once for all kinds or kind by kind."""
-    return setting if isinstance(setting, int) else int(setting.get(kind, 1))
+def for_kind(setting: int | Mapping[str, int] | None, kind: str) -> int:
+    """A setting given once for all kinds or kind by kind; 1 where it is not given."""
+    return setting if isinstance(setting, int) else int((setting or {}).get(kind, 1))
+
+
+def _step(budget: Budget, group: Group) -> int:
+    """What kept sizes of a group are multiples of."""
+    if isinstance(budget.round_to, int) or group.kind in (budget.round_to or {}) or group.kind != "ffn":
+        return for_kind(budget.round_to, group.kind)
+    return next((multiple for least, multiple in WIDE.items() if group.size >= least), 1)
+
+
+def _asked(budget: Budget, kinds: Iterable[str]) -> int | Mapping[str, int]:
+    """The rounding that was asked for, none where none was."""
+    return budget.round_to if isinstance(budget.round_to, int) else {kind: for_kind(budget.round_to, kind) for kind in kinds}
 
 
 # ── how far each lever goes ──────────────────────────────────────────────────────────────────────────────────────────
@@ -193,10 +248,10 @@ def _pull(levers: Sequence[Lever], ledger: Ledger, budget: Budget) -> list[int]:
     low, high = 0, len(order)
     while low < high:
         middle = (low + high) // 2
-        if ledger.cost(levers, _depths(levers, order[:middle])) > ledger.target:
-            low = middle + 1
-        else:
+        if ledger.allows(levers, _depths(levers, order[:middle])):
             high = middle
+        else:
+            low = middle + 1
     depths = _depths(levers, order[:high])
     return _give_back(levers, ledger, depths, order[:high])
 
@@ -226,7 +281,7 @@ def _by_value(levers: Sequence[Lever], ledger: Ledger, budget: Budget) -> list[i
         single = [int(other == place) for other in range(len(levers))]
         price = 1.0
         if budget.scope == "global" and lever.steps:
-            price = (whole - ledger.cost(levers, single)) / max(1, lever.size - lever.kept(1))
+            price = max(SMALLEST * whole, whole - ledger.cost(levers, single)) / max(1, lever.size - lever.kept(1))
         worst = float("-inf")
         for step in range(1, lever.steps + 1):
             worst = max(worst, lever.value(step) / (price * (lever.kept(step - 1) - lever.kept(step))))
@@ -236,13 +291,12 @@ def _by_value(levers: Sequence[Lever], ledger: Ledger, budget: Budget) -> list[i
 
 def _give_back(levers: Sequence[Lever], ledger: Ledger, depths: list[int], taken: Sequence[int]) -> list[int]:
     """Undo last steps that turn out not to be needed: a coarse step may have freed more than it had to."""
-    spent = ledger.cost(levers, depths)
-    if spent > ledger.target:
+    if not ledger.allows(levers, depths):
         return depths
     for place in dict.fromkeys(reversed(taken)):
         while depths[place]:
             depths[place] -= 1
-            if ledger.cost(levers, depths) > ledger.target:
+            if not ledger.allows(levers, depths):
                 depths[place] += 1
                 break
     return depths
@@ -251,12 +305,14 @@ def _give_back(levers: Sequence[Lever], ledger: Ledger, depths: list[int], taken
 # ── the plan ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _plan(groups: Groups, scores: Scores, budget: Budget, levers: Sequence[Lever], depths: Sequence[int]) -> Plan:
+def _plan(groups: Groups, scores: Scores, budget: Budget, levers: Sequence[Lever], depths: Sequence[int], ledger: Ledger) -> Plan:
     axes = groups.axes
     cuts = tuple(cut for lever, depth in zip(levers, depths, strict=True) if depth for cut in _cuts(lever, depth, scores))
     place = {group.name: i for i, group in enumerate(groups)}
-    before, after = cost(axes, {}), cost(axes, sizes_of(levers, depths))
+    sizes = sizes_of(levers, depths)
+    before, after = cost(axes, {}), cost(axes, sizes)
     names = ("parameters", "bytes", "flops")
+    limits = [limit for limit in ledger.limits if limit.name not in names]
     return Plan(
         model=axes.trace.name,
         fingerprint=fingerprint(axes.trace),
@@ -264,8 +320,8 @@ def _plan(groups: Groups, scores: Scores, budget: Budget, levers: Sequence[Lever
         options=_options(budget),
         cuts=tuple(sorted(cuts, key=lambda cut: place[cut.group])),
         cost={
-            "before": {name: getattr(before, name) for name in names},
-            "after": {name: getattr(after, name) for name in names},
+            "before": {name: getattr(before, name) for name in names} | {limit.name: limit.before for limit in limits},
+            "after": {name: getattr(after, name) for name in names} | {limit.name: limit.measure(sizes) for limit in limits},
         },
     )
 

@@ -62,7 +62,8 @@ def compile_streamed(
     kinds: Sequence[str] | None = None,
     scope: str = "local",
     keep_of: str = "groups",
-    round_to: int | Mapping[str, int] = 1,
+    target: Mapping[str, float] | None = None,
+    round_to: int | Mapping[str, int] | None = None,
     minimum: int | Mapping[str, int] = 1,
     protect: Sequence[str] = (),
     seed: int = 0,
@@ -84,7 +85,7 @@ def compile_streamed(
     if source.path is None or not source.path.is_dir() or not isinstance(source.model, PreTrainedModel):
         raise UserMistake(f"{checkpoint} is no checkpoint directory", fix="give the directory that save_pretrained wrote")
     inputs = source.example_inputs() if calibration is None else _weightless(calibration.inputs[0])
-    budget = Budget(keep, keep_of, scope, kinds, tuple(protect), round_to, minimum, True)
+    budget = Budget(keep, keep_of, scope, kinds, tuple(protect), round_to, minimum, True, dict(target or {}))
     notes: list[str] = []
     torch.manual_seed(seed)
     stages = [Pass(stage) for stage in (traced, propagate, couple, narrow, stock_steps, on_disk)]

@@ -68,6 +68,17 @@ def resized_graph(axes: Axes, keep: Keep) -> fx.Graph:
     return graph
 
 
+def resized_call(axes: Axes, node: fx.Node, keep: Keep) -> fx.Node:
+    """One operation of the graph with its new literal sizes; each operand is a placeholder of the operand's name."""
+    graph = fx.Graph()
+    holders = {operand: graph.placeholder(operand.name) for operand in node.all_input_nodes}
+    for operand, holder in holders.items():
+        holder.target = operand.name
+    copy = graph.node_copy(node, holders.__getitem__)
+    _follow(axes, node, copy, keep)
+    return copy
+
+
 def _sliced(axes: Axes, keep: Keep) -> frozenset[fx.Node]:
     """The constants that shrink, and those computed from what shrinks, which need their own values as they were."""
     found: set[fx.Node] = set()
