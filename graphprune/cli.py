@@ -28,7 +28,7 @@ from graphprune.evaluate import perplexity, published
 from graphprune.groups import Group, Groups, couple
 from graphprune.masks import sparsify, zeros
 from graphprune.output import save, save_model
-from graphprune.pieces import branches, layers
+from graphprune.pieces import Layers, branches, layers
 from graphprune.pipeline import find_pass
 from graphprune.plan import load_plan
 from graphprune.propagate import propagate
@@ -155,7 +155,7 @@ def inspect(
         axes = propagate(trace(source.model, _inputs(source)))
         found = [couple(axes), layers(axes), branches(axes)]
     if explain:
-        out.print(found[0].explain(explain), markup=False, highlight=False, soft_wrap=True)
+        out.print(_explained(found, explain), markup=False, highlight=False, soft_wrap=True)
     elif as_json:
         print(json.dumps([_row(own, group.name) for own in found for group in own], indent=1))
     else:
@@ -422,6 +422,15 @@ def _show_groups(found: Sequence[Groups]) -> None:
     for item in (item for groups in found for item in groups.frozen):
         frozen.add_row(item.members[0].name, str(item.factor.size), item.reason.what)
     out.print(frozen)
+
+
+def _explained(found: Sequence[Groups], name: str) -> str:
+    """A width's chain of reasons, or what goes with a layer or branch."""
+    whole = (own for own in found[1:] if isinstance(own, Layers))
+    for own in whole:
+        if any(name in (group.name, piece.name) for group in own for piece in own.pieces[group.name]):
+            return own.explain(name)
+    return found[0].explain(name)
 
 
 def _alike(groups: Groups) -> list[list[Group]]:

@@ -18,10 +18,10 @@ from torch import Tensor, fx
 
 from graphprune.axes import Factor, Keep, Place
 from graphprune.dependency import useless
-from graphprune.errors import ModelLimit
+from graphprune.errors import ModelLimit, UserMistake, nearest
 from graphprune.execute import is_check
 from graphprune.groups import Frozen, Group, Groups, Member
-from graphprune.propagate import Axes
+from graphprune.propagate import Axes, source_line
 from graphprune.unify import Reason
 
 ADDITIONS = ("aten.add.Tensor", "aten.add_.Tensor")
@@ -44,6 +44,17 @@ class Layers(Groups):
     """Groups whose units are whole pieces: ``pieces`` by group, in execution order. Their tensors have a last axis, a ``Place``."""
 
     pieces: Mapping[str, tuple[Piece, ...]]
+
+    def explain(self, name: str) -> str:
+        """What goes with a piece, or with each of a group, and where the stream passes by. Raises UserMistake on another name."""
+        own = {piece.name: (piece,) for pieces in self.pieces.values() for piece in pieces} | dict(self.pieces)
+        if name not in own:
+            raise UserMistake(f"no whole piece is called {name!r}", fix=nearest(name, own))
+        return "\n".join(
+            f"{piece.name} can go: {piece.exit} is then {piece.entry}  {source_line(piece.exit)}\n"
+            f"  with it {len(piece.tensors)} tensors that feed nothing else: {', '.join(piece.tensors)}"
+            for piece in own[name]
+        )
 
     def removed(self, keep: Keep) -> list[Piece]:
         """The pieces that go, in execution order."""

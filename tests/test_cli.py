@@ -54,6 +54,7 @@ def test_compile_inspect_apply(checkpoint: Path, tmp_path: Path, capsys: pytest.
     kinds = {row["kind"] for row in json.loads(out)}
     assert {"head", "ffn", "hidden"} <= kinds
     assert {"layer", "branch"} <= kinds
+    assert "tensors that feed nothing else" in run(capsys, "inspect", tmp_path / "out", "--explain", "model.layers.0")[1]
     code, out, _ = run(capsys, "apply", tmp_path / "out" / "graphprune_plan.json", checkpoint, "-o", tmp_path / "again")
     assert code == 0
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()

@@ -142,6 +142,15 @@ def test_nested_numbered_modules_count_as_their_outermost_stack() -> None:
     assert [(group.name, group.size) for group in found(sharpened(model), torch.randn(4, 8))] == [("layer", 3)]
 
 
+def test_a_piece_says_what_goes_with_it() -> None:
+    layers = found(deep_llama(), {"input_ids": tokens()})
+    said = layers.explain("model.layers.2")
+    assert "model.layers.2.mlp.down_proj.weight" in said and "9 tensors" in said
+    assert layers.explain("model.layers:layer").count("can go") == 4
+    with pytest.raises(UserMistake, match="no whole piece"):
+        layers.explain("model.layer.2")
+
+
 # ── removal ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
