@@ -137,7 +137,7 @@ def completed(profile: Tensor, tensor: Tensor, dim: int) -> Tensor:
     if not isinstance(tensor, DTensor):
         return profile
     meanings = [_meaning(placement, dim) for placement in tensor.placements]
-    shape = torch.Size([tensor.shape[dim]])
+    shape = torch.Size([tensor.shape[dim] if dim >= 0 else 1])
     spread = DTensor.from_local(profile, tensor.device_mesh, meanings, run_check=False, shape=shape, stride=(1,))
     return spread.full_tensor()
 

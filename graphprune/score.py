@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graphprune.axes import Axis, Factor, Place
+from graphprune.axes import Axis, Factor
 from graphprune.errors import UserMistake, nearest
 from graphprune.groups import Group, Groups
 from graphprune.ranks import completed, own
@@ -45,24 +45,24 @@ def to_units(saliency: Tensor, axes: Sequence[Axis], dim: int, factor: Factor, e
     ``saliency`` has the shape that ``axes`` describe; ``each`` is applied to it first, block by block. A factor that occurs
     twice on the dimension (``r + r``) collects both.
     """
-    if isinstance(axis := axes[dim], Place):
-        return gather_units((saliency if each is None else each(saliency)).sum(dtype=torch.float64).reshape(1), axis, factor)
     return gather_units(profile(saliency, dim, each), axes[dim], factor)
 
 
 def profile(tensor: Tensor, dim: int, each: Each | None = None) -> Tensor:
     """``each`` of a tensor summed over all dimensions but one, with no second tensor of its size: (size of ``dim``,), float64.
 
-    Of a tensor that is spread over ranks each looks at its part.
+    A ``dim`` below 0 is none: (1,). Of a tensor that is spread over ranks each looks at its part.
     """
     return completed(_sums(own(tensor), dim, each), tensor, dim)
 
 
 def _sums(tensor: Tensor, dim: int, each: Each | None) -> Tensor:
     if each is None:
+        if dim < 0:
+            return tensor.sum(dtype=torch.float64).reshape(1)
         rows = tensor.movedim(dim, 0).flatten(1) if tensor.ndim > 1 else tensor.unsqueeze(1)
         return rows.sum(1, dtype=torch.float64)
-    total = torch.zeros(tensor.shape[dim], dtype=torch.float64, device=tensor.device)
+    total = torch.zeros(tensor.shape[dim] if dim >= 0 else 1, dtype=torch.float64, device=tensor.device)
     step = max(1, BLOCK // max(1, tensor[:1].numel()))
     others = [other for other in range(tensor.ndim) if other != dim]
     for start in range(0, len(tensor), step):

@@ -21,16 +21,22 @@ vector. The published recipe is block-wise, local, layers 4 to 29 of 32:
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from graphprune import Axes, Calibration, Groups, Scores, combine, gather_units, see_gradients, to_units
-from graphprune.axes import Factor
+from graphprune import Calibration, Groups, Scores, combine, gather_units, see_gradients
 from graphprune.capture import one_by_one
 from graphprune.errors import UserMistake, nearest
+from graphprune.ranks import dealt, summed
+from graphprune.score import profile
 
 ORDERS = ("vector", "first", "second", "mixed")
+
+Spot = tuple[str, int]
+"""A weight and one of its dimensions."""
 
 
 def llm_pruner(
@@ -41,55 +47,79 @@ def llm_pruner(
     order: str = "first",
     aggregate: str = "sum",
     vectors: str = "each",
+    rounds: int = 1,
 ) -> Scores:
-    """Score units by the Taylor saliency of their weights: (units,) each, in float64. Holds one or two gradients a weight."""
+    """Score units by the Taylor saliency of their weights: (units,) each, in float64.
+
+    ``vector`` and ``second`` are sums over samples and hold no gradient; ``first`` needs the mean gradient of every weight, and
+    ``mixed`` that of its square too: they hold those of one of ``rounds`` equal shares of the weights at a time.
+    """
     for value, choices in ((order, ORDERS), (vectors, ("each", "unit"))):
         if value not in choices:
             raise UserMistake(f"llm_pruner knows no {value!r}", fix=nearest(value, choices))
-    weights = dict(model.named_parameters(remove_duplicate=False))
-    names = {member.name for group in groups for member in group.members} & set(weights)
-    mean, square = _gradients(model, calibration, names, squares=order in ("second", "mixed"))
-    saliency = {name: _saliency(order, weights[name].detach(), mean[name], square.get(name)) for name in mean}
+    samples, weights = list(one_by_one(calibration.inputs)), dict(model.named_parameters())
+    spots: dict[str, set[int]] = defaultdict(set)
+    for member in (member for group in groups for member in group.members if member.name in weights):
+        spots[member.name].add(member.dim)
+    sums: dict[Spot, Tensor] = {}
+    if order in ("vector", "second"):
+        sums = _summed(model, samples, spots, second=order == "second")
+    else:
+        for names in _shares(weights, spots, rounds):
+            sums |= _of_means(model, samples, {name: spots[name] for name in names}, mixed=order == "mixed")
     found = {}
     for group in groups:
-        spots = [(member.name, member.dim) for member in group.members if member.name in saliency]
-        rows = [_units(saliency[name], groups.axes, name, dim, group.factor, vectors) for name, dim in spots]
+        rows = []
+        for member in (member for member in group.members if member.name in weights):
+            one, axis = sums[member.name, member.dim], groups.axes.tensors[member.name][member.dim]
+            whole = vectors == "unit" or member.dim < 0
+            rows.append(gather_units(one, axis, group.factor).abs() if whole else gather_units(one.abs(), axis, group.factor))
         found[group.name] = combine(rows, aggregate)
     return Scores(found, f"llm_pruner {order} {aggregate}")
 
 
-def _gradients(
-    model: nn.Module, calibration: Calibration, names: set[str], *, squares: bool
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The mean over samples of the gradient, and of its square where wanted: float32, in the shape of each weight."""
-    samples = list(one_by_one(calibration.inputs))
-    mean: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
-    square: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+def _summed(model: nn.Module, samples: Sequence[Any], spots: Mapping[str, set[int]], *, second: bool) -> dict[Spot, Tensor]:
+    """The mean over samples of w·g, or of its square, summed over each vector as the gradient appears."""
+    sums: dict[Spot, Tensor] = {}
+
+    def see(name: str, weight: nn.Parameter, gradient: Tensor) -> None:
+        saliency = weight.detach() * gradient
+        saliency = saliency.square_() if second else saliency
+        for dim in spots[name]:
+            here = profile(saliency, dim) / len(samples)
+            sums[name, dim] = sums[name, dim] + here if (name, dim) in sums else here
+
+    see_gradients(model, dealt(samples, model), see, names=spots)
+    return summed(sums, model)
+
+
+def _of_means(model: nn.Module, samples: Sequence[Any], spots: Mapping[str, set[int]], *, mixed: bool) -> dict[Spot, Tensor]:
+    """|w·g|, or |w·g − ½·w²·E[g²]|, of the mean gradient g, summed over each vector."""
+    mean: dict[str, Tensor] = {}
+    square: dict[str, Tensor] = {}
 
     def see(name: str, _: nn.Parameter, gradient: Tensor) -> None:
-        here = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        mean[name] = mean[name].to(here) + here / len(samples)
-        if squares:
-            square[name] = square[name].to(here) + here.square() / len(samples)
+        for held, term in ((mean, gradient / len(samples)), *([(square, gradient.square() / len(samples))] if mixed else [])):
+            held[name] = held[name].add_(term) if name in held else term
 
-    see_gradients(model, samples, see, names=names)
-    return dict(mean), dict(square)
-
-
-def _saliency(order: str, weight: Tensor, mean: Tensor, square: Tensor | None) -> Tensor:
-    first = weight.to(mean) * mean
-    if square is None:
-        return first if order == "vector" else first.abs()
-    second = weight.to(square).square() * square
-    return second if order == "second" else (first - second / 2).abs()
+    see_gradients(model, dealt(samples, model), see, names=spots)
+    mean, square = summed(mean, model), summed(square, model)
+    weights: dict[str, nn.Parameter] = dict(model.named_parameters())
+    sums: dict[Spot, Tensor] = {}
+    for name, dims in spots.items():
+        saliency = mean.pop(name).mul_(weights[name].detach())
+        if mixed:
+            saliency -= square.pop(name).mul_(weights[name].detach().square()) / 2
+        sums |= {(name, dim): profile(saliency, dim, torch.abs) for dim in dims}
+    return sums
 
 
-def _units(saliency: Tensor, axes: Axes, name: str, dim: int, factor: Factor, vectors: str) -> Tensor:
-    """Vector sums, their absolute values, and those summed into units; saliencies of the other orders are positive anyway.
-
-    A whole tensor, of a layer, is one vector.
-    """
-    if vectors == "unit" or dim < 0:
-        return to_units(saliency, axes.tensors[name], dim, factor).abs()
-    sums = saliency.movedim(dim, 0).reshape(saliency.shape[dim], -1).sum(1, dtype=torch.float64)
-    return gather_units(sums.abs(), axes.tensors[name][dim], factor)
+def _shares(weights: Mapping[str, Tensor], names: Iterable[str], count: int) -> list[list[str]]:
+    """Names dealt into shares of about equally many elements."""
+    shares: list[list[str]] = [[] for _ in range(count)]
+    sizes = [0] * count
+    for name in sorted(names, key=lambda name: -weights[name].numel()):
+        least = sizes.index(min(sizes))
+        shares[least].append(name)
+        sizes[least] += weights[name].numel()
+    return [share for share in shares if share]
