@@ -1,4 +1,4 @@
-"""Models in, what they cost to run out: tokens a second, KV-cache bytes a token, parameters, bytes on disk."""
+"""Models in, what they cost to run out: speed while reading and writing, memory, bytes, and what the ideal would be."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from graphprune.data import decode, inference
 from graphprune.errors import ModelLimit, UserMistake
@@ -50,6 +53,11 @@ class Speed:
         """The median ratio to the first model, each run against its neighbour in time."""
         return median(self.ratios)
 
+    @property
+    def best(self) -> float:
+        """The fastest rate: whoever else is busy only ever slows down."""
+        return max(self.rates)
+
     def __str__(self) -> str:
         return f"{self.median:,.1f} ± {self.spread:,.1f}"
 
@@ -60,6 +68,61 @@ class LanguageSpeed:
 
     prefill: Speed
     decode: Speed
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What one model costs beside the first of several.
+
+    ``weights``, ``kv`` (a token) and ``peak`` (weights and the most that one forward holds beside them) are bytes. ``prefill`` is
+    the rate of tokens read, of rows for models that are no language models; ``decode`` of tokens written. ``ideal`` is how often
+    faster than the first each would be if time followed what it is bound by: multiply-adds when reading, bytes when writing.
+    """
+
+    parameters: int
+    weights: int
+    kv: int
+    peak: int
+    prefill: Speed
+    decode: Speed | None
+    ideal: tuple[float, float]
+
+    @property
+    def reached(self) -> tuple[float, float]:
+        """The shares of the ideal ratio that were measured."""
+        return self.prefill.ratio / self.ideal[0], (self.decode.ratio if self.decode else 1.0) / self.ideal[1]
+
+
+def figures(
+    models: Mapping[str, nn.Module],
+    inputs: Mapping[str, Tensor] | None = None,
+    *,
+    prompt: int | Tensor = 128,
+    new_tokens: int = 32,
+    repeats: int = 5,
+) -> dict[str, Figures]:
+    """Everything about models that run on one prompt in turns, or, given ``inputs``, on those."""
+    if inputs is None:
+        ids = prompt if isinstance(prompt, Tensor) else _random_prompt(models.values(), prompt, 0)
+        timed = {
+            name: (row.prefill, row.decode)
+            for name, row in speed(models, prompt=ids, new_tokens=new_tokens, repeats=repeats).items()
+        }
+        fed, length = {"input_ids": ids}, ids.shape[1]
+    else:
+        timed = {name: (row, None) for name, row in throughput(models, inputs, repeats=repeats).items()}
+        fed, length = dict(inputs), 0
+    work = {name: _flops(model, fed) for name, model in models.items()}
+    cached = {name: kv_cache_bytes_per_token(model) if length else 0 for name, model in models.items()}
+    read = {name: _bytes_read(model) + length * cached[name] for name, model in models.items()}
+    first = next(iter(models))
+    return {
+        name: Figures(
+            parameters(model), weight_bytes(model), cached[name], weight_bytes(model) + _peak(model, fed), *timed[name],
+            ideal=(work[first] / max(1, work[name]), read[first] / max(1, read[name])),
+        )
+        for name, model in models.items()
+    }  # fmt: skip
 
 
 def speed(
@@ -107,6 +170,11 @@ def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def weight_bytes(model: nn.Module) -> int:
+    """The bytes of parameters and buffers."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in chain(model.parameters(), model.buffers()))
+
+
 def disk_bytes(path: str | Path) -> int:
     """The size of a file, or of every file under a directory."""
     place = Path(path)
@@ -143,6 +211,39 @@ def _forward(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[float]:
         start = _now(device)
         model(**moved)
         return (_now(device) - start,)
+
+
+def _flops(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
+    """FLOPs of one forward, those of attention included whatever kernel runs it."""
+    moved = {name: value.to(_device(model)) for name, value in inputs.items()}
+    with inference(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(**moved)
+    return int(counter.get_total_flops())
+
+
+def _bytes_read(model: nn.Module) -> int:
+    """The bytes of weights that one more token needs: of a table that is only looked up, next to nothing."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    others = {id(p) for m in model.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) in others or id(p) not in tables)
+
+
+def _peak(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
+    """The most bytes that one forward holds at once, beside the weights."""
+    device = _device(model)
+    moved = {name: value.to(device) for name, value in inputs.items()}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        with inference(model):
+            model(**moved)
+        return int(torch.cuda.max_memory_allocated(device)) - before
+    with inference(model), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        output = model(**moved)
+    del output
+    events: Any = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(accumulate((size for _, size in changes), initial=0))
 
 
 def _now(device: torch.device) -> float:

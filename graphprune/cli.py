@@ -18,7 +18,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from graphprune import __version__
-from graphprune.bench import disk_bytes, kv_cache_bytes_per_token, parameters, speed
+from graphprune.bench import disk_bytes, figures
 from graphprune.compiler import Result, compile
 from graphprune.cost import parameters as count
 from graphprune.data import Calibration, calibrate, read_texts
@@ -35,7 +35,7 @@ from graphprune.propagate import propagate
 from graphprune.ranks import joined, leads
 from graphprune.recover import recover
 from graphprune.replay import replay
-from graphprune.report import Amount, before_after, removals, strips
+from graphprune.report import Amount, before_after, removals, side_by_side, strips
 from graphprune.rewrite.checkpoint import check_free
 from graphprune.select import signature
 from graphprune.source import Source, open_source
@@ -284,17 +284,18 @@ def bench(
     prompt: Annotated[int, typer.Option(help="Tokens read.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens written.")] = 32,
     repeats: Annotated[int, typer.Option(help="Interleaved rounds.")] = 5,
+    device: Annotated[str, typer.Option(help="Where they run: cpu or cuda.")] = "cpu",
     dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
-    """Time MODELS in turns: tokens a second while reading and writing, median and spread."""
-    opened = {name: open_source(name, dtype=_dtype(dtype)).model.eval() for name in models}
-    found = speed(opened, prompt=prompt, new_tokens=new_tokens, repeats=repeats)
-    table = Table("model", "parameters", "KV bytes/token", "prefill tokens/s", "decode tokens/s")
-    for name, model in opened.items():
-        row = found[name]
-        table.add_row(name, f"{parameters(model):,}", str(kv_cache_bytes_per_token(model)), str(row.prefill), str(row.decode))
-    out.print(table)
+    """Time MODELS in turns, while reading and writing, beside the ideal. What is no language model: a forward."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserMistake("no CUDA device here", fix="--device cpu")
+    sources = {name: open_source(name, dtype=_dtype(dtype)) for name in models}
+    opened = {name: source.model.eval().to(device) for name, source in sources.items()}
+    written = all(getattr(model, "can_generate", bool)() for model in opened.values())
+    inputs = None if written else next(iter(sources.values())).example_inputs()
+    out.print(side_by_side(figures(opened, inputs, prompt=prompt, new_tokens=new_tokens, repeats=repeats)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

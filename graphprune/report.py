@@ -16,6 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from graphprune.bench import Figures, Speed
 from graphprune.errors import UserMistake
 from graphprune.groups import Groups
 from graphprune.plan import Plan
@@ -87,6 +88,36 @@ def before_after(rows: Mapping[str, tuple[Value, Value]], *, title: str | None =
     for name, (before, after) in rows.items():
         table.add_row(name, _shown(before), Text(_shown(after), style="bold"), _change(before, after))
     return table
+
+
+def side_by_side(models: Mapping[str, Figures]) -> Table:
+    """A column a model: sizes, then how fast each reads and writes, beside the first and beside the ideal."""
+    rows: dict[str, list[str]] = {
+        "parameters": [str(Amount(row.parameters)) for row in models.values()],
+        "weights": [str(Amount(row.weights, "B")) for row in models.values()],
+        "KV cache a token": [str(Amount(row.kv, "B")) for row in models.values()],
+        "peak memory": [str(Amount(row.peak, "B")) for row in models.values()],
+    }
+    for place, phase in enumerate(("prefill", "decode")):
+        timed = [row.prefill if place == 0 else row.decode for row in models.values()]
+        if None not in timed:
+            rows |= _phase(phase, [speed for speed in timed if speed], [(row.ideal, row.reached) for row in models.values()], place)
+    table = Table(header_style="bold", box=SIMPLE_HEAD)
+    table.add_column("")
+    for name in models:
+        table.add_column(name, justify="right", overflow="fold")
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    return table
+
+
+def _phase(name: str, speeds: Sequence[Speed], ideals: Sequence[Any], place: int) -> dict[str, list[str]]:
+    return {
+        f"{name}, a second": [str(speed) for speed in speeds],
+        f"{name}, ms each": [f"{1000 / speed.median:.3f}" for speed in speeds],
+        f"{name}, times the first": [f"{speed.ratio:.2f} ({min(speed.ratios):.2f} to {max(speed.ratios):.2f})" for speed in speeds],
+        f"{name}, ideal": [f"{ideal[place]:.2f}, reached {reached[place]:.0%}" for ideal, reached in ideals],
+    }
 
 
 def strips(removals: Iterable[Removal]) -> Table:

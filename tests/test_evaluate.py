@@ -14,12 +14,13 @@ from rich.console import Console
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from graphprune.bench import Speed, disk_bytes, kv_cache_bytes_per_token, parameters, race, speed, throughput
+from graphprune.bench import Speed, disk_bytes, figures, kv_cache_bytes_per_token, parameters, race, speed, throughput
 from graphprune.data import calibrate, read_texts
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.evaluate import Protocol, continuation, perplexity, published
-from graphprune.report import Amount, Removal, Value, before_after, picture, strips
+from graphprune.report import Amount, Removal, Value, before_after, picture, side_by_side, strips
 from graphprune.source import Source, find_smollm2, open_source
+from tests.models import llama
 from tests.test_data import SHARED, document, lines, source, word_tokenizer
 
 __all__ = ["source"]
@@ -156,6 +157,40 @@ def test_speeds_of_models(source: Source) -> None:
     assert len(throughput({"a": nn.Linear(2, 3)}, {"input": torch.ones(4, 2)}, repeats=3)["a"].rates) == 3
     with pytest.raises(ModelLimit, match="token ids"):
         speed({"a": nn.Linear(2, 3)})
+
+
+def test_figures_beside_the_ideal() -> None:
+    whole, half = llama(), narrow()
+    found = figures({"dense": whole, "half": half}, prompt=7, new_tokens=2, repeats=2)
+    dense, small = found["dense"], found["half"]
+    assert dense.ideal == dense.reached == (1.0, 1.0)
+    ffn = 3 * 48 * (88 - 44) * len(half.model.layers)
+    assert small.parameters == dense.parameters - ffn
+    assert small.weights == dense.weights - 4 * ffn
+    assert small.peak - small.weights > 7 * 101 * 4, "the logits at least"
+    assert 1 < small.ideal[1] == pytest.approx(_read(whole) / _read(half))
+    assert small.ideal[0] > 1
+    text = "\n".join(shown(side_by_side(found)))
+    assert all(piece in text for piece in ("KV cache a token", "prefill, ideal", "decode, times the first", "reached"))
+
+
+def narrow() -> Any:
+    config = llama().config
+    config.intermediate_size = 44
+    return LlamaForCausalLM(config)
+
+
+def _read(model: Any) -> int:
+    return 4 * sum(p.numel() for n, p in model.named_parameters() if "embed" not in n) + 7 * kv_cache_bytes_per_token(model)
+
+
+def test_figures_of_a_net_that_writes_nothing() -> None:
+    nets = {"wide": nn.Linear(64, 64), "narrow": nn.Linear(64, 16)}
+    found = figures(nets, {"input": torch.ones(4, 64)}, repeats=2)
+    assert found["narrow"].ideal[0] == pytest.approx(4.0)
+    assert found["narrow"].peak == 4 * (64 * 16 + 16) + 4 * 16 * 4
+    assert found["narrow"].decode is None
+    assert "decode" not in "\n".join(shown(side_by_side(found)))
 
 
 REMOVALS = [
