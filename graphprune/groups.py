@@ -9,7 +9,7 @@ qk_width    contracted by a product of activations: what queries and keys are co
 value_width left free by a product of activations: what attention carries
 expert      units ranked against each other to choose who computes
 hidden      normalised over, or written by several layers: the width of a residual stream
-ffn         written by one linear map and read by the next
+ffn         written by one linear map, or by several into a product, and read by the next
 channel     written by convolutions, at least as often as by linear maps
 ========== ==========================================================================================
 """
@@ -152,12 +152,13 @@ def _kinds(axes: Axes, graph: nx.MultiDiGraph, roles: Roles, members: Mapping[Fa
                 joint[factor].add(use.role)
             elif use.role == "free" and use.operand not in axes.activations:
                 written[factor][_is_convolution(use.node.target)] += 1
-    added = {key for _, target, key in graph.edges(keys=True) if isinstance(target, Join) and not target.multiplicative}
+    added, gated = (
+        {key for _, target, key in graph.edges(keys=True) if isinstance(target, Join) and target.multiplicative is multiplied}
+        for multiplied in (False, True)
+    )
+    normed = axes.renormalised.keys() - gated
     heads = _covers(axes, {factor for factor, found in joint.items() if "batch" in found})
-    return {
-        factor: _kind(factor, joint[factor], heads, written[factor], factor in added or factor in axes.renormalised)
-        for factor in members
-    }
+    return {factor: _kind(factor, joint[factor], heads, written[factor], factor in added or factor in normed) for factor in members}
 
 
 def _kind(factor: Factor, joint: set[str], heads: Mapping[Factor, bool], written: Counter[bool], shared: bool) -> str:

@@ -32,7 +32,7 @@ def as_slices(graph: fx.Graph, constants: Mapping[fx.Node, Tensor]) -> None:
 def _looked_up(node: fx.Node, constants: Mapping[fx.Node, Tensor]) -> tuple[int, list[int]] | None:
     """The dimension and the positions, where there is one index and it is a constant vector of whole numbers."""
     source, indices = node.args
-    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]  # type: ignore[arg-type, union-attr]
+    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]  # type: ignore[arg-type]
     value = _constant(given[0][1], constants) if len(given) == 1 else None
     if value is None or value.ndim != 1 or value.is_floating_point() or value.dtype in (torch.bool, torch.uint8):
         return None

@@ -50,3 +50,15 @@ class MultiQuery(nn.Module):
         fused = self.qkv(x).view(2, 5, 6, 4)
         q, k, v = (part.transpose(1, 2) for part in (fused[..., :-2, :], fused[..., [-2], :], fused[..., [-1], :]))
         return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 5, 16))
+
+
+@takes(2, 5, 8)
+class NormedMLP(nn.Module):
+    """BitNet: gate and up meet in a product that is normalised before down reads it; an inner width all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.norm, self.down = nn.Linear(8, 14), nn.Linear(8, 14), nn.RMSNorm(14), nn.Linear(14, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.norm(self.gate(x).relu() * self.up(x)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -76,6 +77,9 @@ def started(work: Work, family: str, name: str) -> Job:
 
 
 def tell(work: Work, family: str, name: str, pipe: Connection) -> None:
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
     try:
         for found in work(family, name):
             pipe.send(found)

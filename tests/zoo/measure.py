@@ -14,7 +14,7 @@ from graphprune.groups import Groups
 from graphprune.propagate import source_line
 
 HEADS = ("head", "query")
-OUTSIDE = "model input"
+OUTSIDE = ("model input", "spatial extent")
 
 
 def measured(groups: Groups, config: Any) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def attention(groups: Groups) -> list[int]:
 
 
 def is_outside(groups: Groups, factor: Factor) -> bool:
-    return any(reason.what == OUTSIDE for reason in groups.axes.pins.get(factor, ()))
+    return any(reason.what in OUTSIDE for reason in groups.axes.pins.get(factor, ()))
 
 
 def reasons(groups: Groups, names: set[str]) -> dict[str, int]:
