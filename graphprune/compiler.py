@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import gcd
 from typing import Any
 
@@ -28,7 +29,7 @@ from graphprune.rewrite.stock import expressible, stock_config
 from graphprune.select import Budget, allowed_kinds, for_kind, select
 from graphprune.source import guess_inputs
 from graphprune.trace import Inputs, Trace, trace
-from graphprune.verify import check_masked, close, leaves
+from graphprune.verify import check_masked, close, computes, leaves
 
 TRIED_STEPS = 8
 """How many roundings are tried to find sizes a config accepts."""
@@ -219,7 +220,8 @@ def _as_module(model: nn.Module, axes: Axes, keep: Keep, cut: Smaller, inputs: S
             return Pruned(emitted, config=stock_config(model, emitted, axes, keep, accept))
         except ModelLimit as limit:
             obstacle = str(limit)
-    emitted, attributes = emit_module(model, over(model, emitted), axes, keep, accept)
+    runs = partial(computes, inputs=example.inputs, reference=reference)
+    emitted, attributes = emit_module(model, over(model, emitted), axes, keep, runs)
     return Pruned(emitted, obstacle=obstacle, attributes=attributes)
 
 

@@ -5,8 +5,10 @@ A rule bug is ours, a model limit is the model's, a user mistake is the caller's
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import traceback
+from collections.abc import Container, Iterable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import ClassVar
 
 MOST_CHOICES = 12
@@ -56,6 +58,12 @@ def first_line(error: BaseException) -> str:
     """The first line of another library's error, to quote as the reason."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def raised_at(error: BaseException, files: Container[str]) -> str | None:
+    """The innermost line of some files that another library's error came through: ``model.py:41  q = self.q(x)``."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}  {frames[-1].line}" if frames else None
 
 
 def _detail(label: str, text: str) -> str:

@@ -9,6 +9,7 @@ keeps is where it came from; so may be one that equals the length of an axis tha
 from __future__ import annotations
 
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -20,7 +21,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from graphprune.axes import Axis, Keep
-from graphprune.errors import ModelLimit
+from graphprune.errors import ModelLimit, first_line, raised_at
 from graphprune.propagate import Axes, source_line
 from graphprune.rewrite.attributes import Attributes, Path, attributes_between, is_plain, numbers, read, write
 from graphprune.rewrite.graph import new_literals
@@ -114,20 +115,27 @@ def emit_module(
 ) -> tuple[nn.Module, Attributes]:
     """The smaller model of the original classes, and every attribute that had to change; ``smaller`` has the cut tensors.
 
-    Raises ModelLimit, naming the model's line that stands in the way, when no choice of attributes makes it compute what the
-    reference does.
+    ``accept`` runs a candidate. Raises ModelLimit, naming the model's line that stands in the way, when no choice of attributes
+    makes it compute what the reference does.
     """
     literals = list(_literals(axes, keep))
     tried: set[frozenset[tuple[Place, int]]] = set()
     found: list[Evidence] = []
+    failures: list[Exception] = []
     for more in (_evidence(smaller, literals, inner=True), _evidence(smaller, literals), _evidence(smaller, _lengths(axes, keep))):
         found += more
         for choice in _choices(found):
             key = frozenset(choice.items())
-            if key not in tried and accept(emitted := _changed(smaller, choice)):
-                return emitted, attributes_between(model, emitted)
+            if key in tried:
+                continue
             tried.add(key)
-    raise _hidden(model, found[: len(literals)], axes, keep)
+            emitted = _changed(smaller, choice)
+            try:
+                if accept(emitted):
+                    return emitted, attributes_between(model, emitted)
+            except Exception as error:  # noqa: BLE001  a wrong guess at a size may fail in any way
+                failures = failures or [error]
+    raise _hidden(model, found[: len(literals)], axes, keep, failures)
 
 
 def _changed(smaller: nn.Module, choice: Choice) -> nn.Module:
@@ -230,21 +238,31 @@ def _choices(evidence: Sequence[Evidence]) -> Iterator[Choice]:
         yield {place: value for place, value in change.items() if place.kind not in drop}
 
 
-def _hidden(model: nn.Module, evidence: Sequence[Evidence], axes: Axes, keep: Keep) -> ModelLimit:
-    """The line that stands in the way: one whose size no attribute holds, or two that want different values of one attribute."""
-    lost = next((item for item in evidence if not item.places), None)
+def _hidden(model: nn.Module, evidence: Sequence[Evidence], axes: Axes, keep: Keep, failures: Sequence[Exception]) -> ModelLimit:
+    """The line that stands in the way: where two want different values of one attribute, or where the best guess fails."""
     wanted: dict[Place, Evidence] = {}
     clash = next((i for i in evidence for place in i.places if wanted.setdefault(place, i).after != i.after), None)
     if clash is not None:
         place = next(place for place in clash.places if wanted[place].after != clash.after)
         where, other = source_line(clash.node), wanted[place]
         why = f"{place} would have to be {clash.after} there and {other.after} at {source_line(other.node)}"
-    elif lost is not None:
-        where, why = source_line(lost.node), f"{lost.before} must become {lost.after} there, and no attribute holds it"
+    elif failures:
+        where = raised_at(failures[0], _files(model)) or _first_cut(axes, keep)
+        line = where.partition("  ")[0]
+        lost = next((item for item in evidence if not item.places and source_line(item.node).startswith(f"{line} ")), None)
+        why = f"{type(failures[0]).__name__}: {first_line(failures[0])}"
+        if lost is not None:
+            why = f"{lost.before} must become {lost.after} there, and no attribute holds it"
     else:
-        where, why = _first_cut(axes, keep), "its code computes a size that follows from no attribute"
+        where, why = _first_cut(axes, keep), "it runs, but its code computes a value from a size (a scale, an average)"
     fix = 'emit="graph", or keep these kinds whole'
     return ModelLimit(f"{type(model).__name__} hides a size in its code", at=where, why=why, fix=fix)
+
+
+def _files(model: nn.Module) -> set[str]:
+    """Where the classes of a model are written, torch's own left out."""
+    modules = {type(module).__module__ for module in model.modules()}
+    return {str(getattr(sys.modules.get(name), "__file__", "")) for name in modules if not name.startswith("torch.")}
 
 
 def _first_cut(axes: Axes, keep: Keep) -> str:

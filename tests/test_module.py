@@ -1,0 +1,226 @@
+"""The module emitter finds the numbers that must change wherever a model keeps them, and says which line keeps them where it cannot."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import graphprune
+from graphprune.errors import ModelLimit
+from tests.models import sharpened
+
+
+@dataclass
+class Sizes:
+    heads: int = 4
+    width: int = 6
+
+
+class Attention(nn.Module):
+    """Four heads of six; ``sizes`` says where a subclass keeps these numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = nn.Linear(12, 24), nn.Linear(12, 24), nn.Linear(12, 24), nn.Linear(24, 12)
+
+    def sizes(self) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).view(*x.shape[:2], *self.sizes()).transpose(1, 2) for part in (self.q, self.k, self.v))
+        return self.o(F.scaled_dot_product_attention(q, k, v, scale=0.5).transpose(1, 2).flatten(2))
+
+
+class Configured(Attention):
+    def __init__(self, config: Sizes | None = None) -> None:
+        super().__init__()
+        self.config = config or Sizes()
+
+    def sizes(self) -> tuple[int, int]:
+        return self.config.heads, self.config.width
+
+
+class Worded(Attention):
+    def __init__(self) -> None:
+        super().__init__()
+        self.options: dict[str, Any] = {"attention": {"heads": 4}, "width": 6}
+
+    def sizes(self) -> tuple[int, int]:
+        return self.options["attention"]["heads"], self.options["width"]
+
+
+class Listed(Attention):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shape = [("heads", 4), ("width", 6)]
+
+    def sizes(self) -> tuple[int, int]:
+        return self.shape[0][1], self.shape[1][1]
+
+
+class Divided(Attention):
+    """The width of a head follows from two other numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.inner = 4, 24
+
+    def sizes(self) -> tuple[int, int]:
+        return self.heads, self.inner // self.heads
+
+
+class Unflattened(Attention):
+    """A function with its arguments filled in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.split = partial(Attention.pair, heads=4, width=6)
+
+    def sizes(self) -> tuple[int, int]:
+        return self.split()
+
+    @staticmethod
+    def pair(heads: int, width: int) -> tuple[int, int]:
+        return heads, width
+
+
+Attention.pair = Unflattened.pair  # type: ignore[attr-defined]
+
+
+class Rearrange(nn.Module):
+    """A layer that a copy or a pickle builds anew from what it was given, not from what it made of it."""
+
+    def __init__(self, **lengths: int) -> None:
+        super().__init__()
+        self.lengths, self.made = lengths, tuple(lengths.items())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.made[0][1], -1))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"lengths": self.lengths}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__init__()
+        self.lengths, self.made = state["lengths"], tuple(state["lengths"].items())
+
+
+class Rearranged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = nn.Linear(12, 24), nn.Linear(12, 24), nn.Linear(12, 24), nn.Linear(24, 12)
+        self.split = Rearrange(heads=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (self.split(part(x)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        return self.o(F.scaled_dot_product_attention(q, k, v, scale=0.5).transpose(1, 2).flatten(2))
+
+
+class Stacked(nn.Module):
+    """Two layers that share one configuration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = Sizes()
+        self.layers = nn.Sequential(Configured(config), Configured(config))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+HOLDERS = (Configured, Worded, Listed, Divided, Unflattened, Rearranged, Stacked)
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_numbers_are_found_wherever_they_are_kept(holder: type[nn.Module], tmp_path: Path) -> None:
+    """The smaller model is a model of its class, also copied, also loaded, also for another batch and length."""
+    model, x = sharpened(holder()), torch.randn(2, 5, 12)
+    result = graphprune.compile(model, x, keep=0.6, kinds=["head"], method="random")
+    graphprune.save(result, tmp_path / "smaller")
+    loaded = graphprune.load(tmp_path / "smaller", sharpened(holder()))
+    wanted = graphprune.compile(model, x, keep=0.6, kinds=["head"], method="random", emit="graph").model
+    longer = torch.randn(3, 7, 12)
+    torch.testing.assert_close(result.model(x), wanted(x), rtol=1e-4, atol=1e-4)
+    for other in (loaded.eval(), copy.deepcopy(result.model)):
+        torch.testing.assert_close(other(longer), result.model(longer))
+    assert sum(p.numel() for p in loaded.parameters()) < sum(p.numel() for p in model.parameters())
+    assert model(longer).shape == longer.shape
+
+
+class Written(Attention):
+    """Numbers in the code itself."""
+
+    def sizes(self) -> tuple[int, int]:
+        return 4, 6
+
+
+class Scaled(nn.Module):
+    """A value that follows from a size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 20), nn.Linear(20, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x).relu()
+        return self.down(x) / math.sqrt(x.shape[-1])
+
+
+class Unlike(nn.Module):
+    """One number for two lengths, of which one shrinks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.one, self.two = 6, nn.Linear(6, 12), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.one(x).relu().split([self.width, self.width], -1)
+        return self.two(left) + right.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("net", "shape", "kind", "words"),
+    [
+        (Written, (2, 5, 12), "head", ("view(*x.shape[:2], *self.sizes())", "4 must become 3 there, and no attribute holds it")),
+        (Scaled, (2, 6), "ffn", ("it runs, but its code computes a value from a size",)),
+        (Unlike, (2, 6), "ffn", ("split([self.width, self.width], -1)",)),
+    ],
+)
+def test_what_cannot_be_found_is_said_with_the_line_and_the_graph_does_it(
+    net: type[nn.Module], shape: tuple[int, ...], kind: str, words: tuple[str, ...]
+) -> None:
+    model, x = sharpened(net()), torch.randn(shape)
+    with pytest.raises(ModelLimit) as caught:
+        graphprune.compile(model, x, keep=0.7, kinds=[kind], method="random")
+    assert all(word in str(caught.value) for word in words) and 'emit="graph"' in str(caught.value)
+    smaller = graphprune.compile(model, x, keep=0.7, kinds=[kind], method="random", emit="graph").model
+    assert smaller(x).shape == model(x).shape
+
+
+class Recurring(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gru, self.cell = nn.Linear(6, 9), nn.GRU(9, 10, batch_first=True), nn.LSTMCell(10, 7)
+        self.out = nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.gru(self.up(x).relu())[1][-1]
+        return self.out(self.cell(state)[0])
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes")
+def test_recurrent_layers_know_their_new_sizes() -> None:
+    model, x = sharpened(Recurring()), torch.randn(2, 5, 6)
+    smaller: Any = graphprune.compile(model, x, keep=0.5, kinds=["all"], method="random").model
+    assert smaller.gru.input_size == smaller.up.out_features < 9
+    assert smaller.gru.hidden_size == smaller.cell.input_size < 10
+    assert smaller.cell.hidden_size == smaller.out.in_features < 7
