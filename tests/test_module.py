@@ -190,7 +190,7 @@ class Unlike(nn.Module):
 @pytest.mark.parametrize(
     ("net", "shape", "kind", "words"),
     [
-        (Written, (2, 5, 12), "head", ("view(*x.shape[:2], *self.sizes())", "4 must become 3 there, and no attribute holds it")),
+        (Written, (2, 5, 12), "head", ("view(*x.shape[:2], *self.sizes())", "4 must become ", "there, and no attribute holds it")),
         (Scaled, (2, 6), "ffn", ("it runs, but its code computes a value from a size",)),
         (Unlike, (2, 6), "ffn", ("split([self.width, self.width], -1)",)),
     ],
