@@ -25,7 +25,7 @@ Edit = Callable[[fx.Node, fx.Node, Any], Any]
 See = Callable[[fx.Node, Any], None]
 """``see(node, value)``: looks at the value of every node as it appears."""
 
-STRETCH = 256 << 20
+STRETCH = 64 << 20
 """Bytes of weights that are held at a time where they come from elsewhere; a larger one is held alone."""
 
 CPU = torch.device("cpu")

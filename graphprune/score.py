@@ -24,7 +24,7 @@ Criterion = Callable[[str], Tensor | None]
 Each = Callable[[Tensor], Tensor]
 """An elementwise function of a block of a tensor."""
 
-BLOCK = 1 << 18
+BLOCK = 1 << 17
 """Elements of a block: few enough to stay in a processor's cache."""
 
 
@@ -51,7 +51,8 @@ def to_units(saliency: Tensor, axes: Sequence[Axis], dim: int, factor: Factor, e
 def profile(tensor: Tensor, dim: int, each: Each | None = None) -> Tensor:
     """``each`` of a tensor summed over all dimensions but one, with no second tensor of its size: (size of ``dim``,), float64.
 
-    A ``dim`` below 0 is none: (1,). Of a tensor that is spread over ranks each looks at its part.
+    Blocks are summed in float32 or better, and the blocks in float64. A ``dim`` below 0 is none: (1,). Of a tensor that is
+    spread over ranks each looks at its part.
     """
     return completed(_sums(own(tensor), dim, each), tensor, dim)
 
@@ -67,7 +68,8 @@ def _sums(tensor: Tensor, dim: int, each: Each | None) -> Tensor:
     others = [other for other in range(tensor.ndim) if other != dim]
     for start in range(0, len(tensor), step):
         block = each(tensor[start : start + step])
-        summed = block.sum(others, dtype=torch.float64) if others else block.double()
+        block = block.to(torch.promote_types(block.dtype, torch.float32))
+        summed = block.sum(others) if others else block
         (total[start : start + step] if dim == 0 else total).add_(summed)
     return total
 

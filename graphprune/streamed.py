@@ -115,7 +115,7 @@ def write(model: nn.Module, groups: Groups, plan: Plan, example: Example, files:
     """Fill the directory with the smaller checkpoint; what comes back stands for its files."""
     assert isinstance(model, PreTrainedModel)
     axes, keep = groups.axes, plan.keep(groups)
-    config = static_config(model, axes, keep, example.inputs)
+    config = static_config(build_meta(type(model), model.config), axes, keep, example.inputs)
     if leads():
         copy_rest(files.checkpoint.folder, files.folder)
         config.save_pretrained(files.folder)

@@ -125,15 +125,17 @@ def _change(sums: Mapping[tuple[str, int], Tensor], damping: float | None) -> Te
 
 
 def carried(one: Moments, other: Moments) -> Tensor:
-    """The correction from two halves together, λ being the one that serves each half best when fitted to the other; or zero."""
-    gram, cross = one[0] + other[0], one[1] + other[1]
+    """The correction from two halves together, λ being the one that serves each half best when fitted to the other; or zero.
+
+    The first half is used up: a square of inputs² float64 numbers is what a layer takes, and three of them are held.
+    """
     best, least = None, 0.0
     for damping in DAMPINGS:
         error = sum(_error(solve(*fitted_to, damping), *seen) for fitted_to, seen in ((one, other), (other, one)))
         if error > least and best is not None:
             break
         best, least = (damping, error) if error < least else (best, least)
-    return torch.zeros_like(cross) if best is None else solve(gram, cross, best)
+    return torch.zeros_like(one[1]) if best is None else solve(one[0].add_(other[0]), one[1].add_(other[1]), best)
 
 
 def _error(change: Tensor, gram: Tensor, cross: Tensor) -> float:
@@ -145,9 +147,9 @@ def solve(gram: Tensor, cross: Tensor, damping: float) -> Tensor:
     """``cross · (gram + λ·diag(gram))⁻¹`` (rows, inputs), float64; λ grows until there is an inverse, dead inputs get zero."""
     scale = gram.diagonal().where(gram.diagonal() > 0, 1)
     while True:
-        damped = gram.clone()
-        damped.diagonal().add_(damping * scale)
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        factor, failed = gram.clone(), torch.zeros((), dtype=torch.int32, device=gram.device)
+        factor.diagonal().add_(damping * scale)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if not failed and factor.isfinite().all():
             return torch.cholesky_solve(cross.T, factor).T
         damping = max(10 * damping, 1e-8)

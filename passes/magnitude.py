@@ -10,6 +10,7 @@ Data-free. ``result = graphprune.compile(model, inputs, keep=0.8, method="magnit
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from graphprune import Groups, Scores, score
@@ -23,6 +24,7 @@ def magnitude(model: nn.Module, groups: Groups, *, p: int = 2, aggregate: str = 
         return weights[name].detach() if name in weights else None
 
     def power(block: Tensor) -> Tensor:
-        return block.double().abs().pow(p)
+        block = block.to(torch.promote_types(block.dtype, torch.float32))
+        return block.square() if p == 2 else block.abs().pow(p)
 
     return score(groups, groups.axes.tensors, weight, method=f"magnitude p={p} {aggregate}", how=aggregate, each=power)

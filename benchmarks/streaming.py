@@ -1,0 +1,152 @@
+"""Peak memory and time of a streamed compile, next to copying the same files; or under a memory limit, of one that scores.
+
+    python benchmarks/streaming.py [--gigabytes 3] [--keep 0.8]
+    python benchmarks/streaming.py --gigabytes 0.4 --method flap --pass least_squares --limit 100
+
+The first makes a sharded bfloat16 checkpoint with random weights, shard by shard, copies it with cp and compiles it in turns, and
+prints the ratio of times and the peak resident size against 1 GiB and the two largest tensors. The second gives the compile's
+process at most so many MiB of memory of its own (RLIMIT_DATA) beyond what it holds once everything is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import graphprune
+from graphprune.disk import INDEX, Checkpoint
+from graphprune.streamed import compile_streamed
+
+ROWS, LENGTH, BATCHES = 2, 64, 4
+SHARD = 1 << 29
+
+
+def main() -> None:
+    """Measure and print."""
+    options = arguments()
+    if options.inside:
+        measured(options)
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        source = Path(folder) / "model"
+        make(source, options)
+        files = Checkpoint(source)
+        sizes = sorted(entry.size for entry in files.entries.values())
+        print(f"{sum(sizes) / 2**30:.2f} GiB in {len(files.files)} shards, two largest tensors {sum(sizes[-2:]) / 2**20:.0f} MiB")
+        for _ in range(options.repeats):
+            copied = copy(source, Path(folder) / "copy")
+            row = json.loads(compiled(source, Path(folder) / "out"))
+            bound = 1024 + sum(sizes[-2:]) / 2**20
+            ratio = f"{row['seconds'] / copied:.2f} of cp's {copied:.1f} s (limit 2)"
+            print(f"compile {row['seconds']:.1f} s, {ratio}; peak {row['peak']:.0f} MiB (limit {bound:.0f})", flush=True)
+
+
+def make(folder: Path, options: argparse.Namespace) -> None:
+    """A Llama-like checkpoint of about so many bytes, never more than a shard in memory."""
+    hidden = options.hidden
+    config = LlamaConfig(
+        vocab_size=options.vocabulary, hidden_size=hidden, intermediate_size=3 * hidden, num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 128, num_hidden_layers=1, dtype=torch.bfloat16, tie_word_embeddings=False,
+    )  # fmt: skip
+    one, two = (_bytes(config, layers) for layers in (1, 2))
+    config.num_hidden_layers = max(1, round((options.gigabytes * 2**30 - one) / (two - one)) + 1)
+    folder.mkdir()
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    weight_map: dict[str, str] = {}
+    for number, shapes in enumerate(_shards(config), 1):
+        file = f"model-{number:05}.safetensors"
+        save_file({n: torch.randn(s, dtype=torch.bfloat16) * s[-1] ** -0.5 for n, s in shapes.items()}, folder / file)
+        weight_map |= dict.fromkeys(shapes, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def _meta(config: LlamaConfig, layers: int | None = None) -> dict[str, tuple[int, ...]]:
+    config = LlamaConfig(**{**config.to_dict(), "num_hidden_layers": layers or config.num_hidden_layers})
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in LlamaForCausalLM(config).named_parameters()}
+
+
+def _bytes(config: LlamaConfig, layers: int) -> int:
+    return sum(2 * prod(shape) for shape in _meta(config, layers).values())
+
+
+def _shards(config: LlamaConfig) -> Iterator[dict[str, tuple[int, ...]]]:
+    shard: dict[str, tuple[int, ...]] = {}
+    for name, shape in _meta(config).items():
+        if shard and sum(2 * prod(s) for s in shard.values()) + 2 * prod(shape) > SHARD:
+            yield shard
+            shard = {}
+        shard[name] = shape
+    yield shard
+
+
+def copy(source: Path, target: Path) -> float:
+    """Seconds that cp takes."""
+    begun = time.monotonic()
+    subprocess.run(["cp", "-r", source, target], check=True)
+    taken = time.monotonic() - begun
+    shutil.rmtree(target)
+    return taken
+
+
+def compiled(source: Path, out: Path) -> str:
+    """What a compile in a process of its own measured."""
+    options = [argument for argument in sys.argv[1:] if not argument.startswith("--inside")]
+    run = [sys.executable, __file__, *options, "--inside", str(source), str(out)]
+    done = subprocess.run(run, stdout=subprocess.PIPE, text=True, check=True)
+    shutil.rmtree(out)
+    return done.stdout.splitlines()[-1]
+
+
+def measured(options: argparse.Namespace) -> None:
+    """Compile, and print seconds and peak MiB."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    source, out = options.inside
+    calibration = None
+    if options.method not in ("magnitude", "random"):
+        draw = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, options.vocabulary, (BATCHES, ROWS, LENGTH), generator=draw)
+        calibration = graphprune.Calibration(tuple({"input_ids": rows} for rows in ids), "drawn")
+    if options.limit:
+        rows = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        allowed = (int(rows["VmData"].split()[0]) << 10) + (options.limit << 20)
+        resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
+    begun = time.monotonic()
+    compile_streamed(source, out, keep=options.keep, method=options.method, calibration=calibration, passes=options.extra)
+    seconds = time.monotonic() - begun
+    print(json.dumps({"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--gigabytes", type=float, default=3.0)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--keep", type=float, default=0.8)
+    parser.add_argument("--method", default="magnitude")
+    parser.add_argument("--pass", dest="extra", action="append", default=[])
+    parser.add_argument("--limit", type=int, help="MiB")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--folder", help="where the files go")
+    parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
