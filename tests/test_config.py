@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.rewrite.blueprint import build_meta
 from graphprune.rewrite.config import candidates, fit
-from graphprune.rewrite.probe import probe
+from graphprune.rewrite.probe import probes
 from graphprune.rewrite.shallow import shrink_depth
 
 # Sizes collide on purpose: 4 layers, 4 heads, 4 experts; a vocabulary as wide as the FFN.
@@ -34,12 +34,8 @@ GQA = DECODER | dict(num_key_value_heads=2)
 GPT2 = dict(vocab_size=128, n_embd=64, n_layer=4, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
 BLOOM = dict(vocab_size=128, hidden_size=64, n_layer=4, n_head=4)
 T5 = dict(vocab_size=128, d_model=64, d_kv=16, d_ff=128, num_layers=4, num_heads=4, num_decoder_layers=4)
-VIT = dict(
-    hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128, image_size=32, patch_size=8
-)
-CLIP = dict(
-    hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=8
-)
+VIT = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128, image_size=32, patch_size=8)
+CLIP = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=8)
 LLAVA = dict(vision_config=CLIP | dict(model_type="clip_vision_model"), image_token_index=127)
 
 FFN, HEADS, WIDTH = {128: [96]}, {4: [2], 2: [1]}, {64: [48]}
@@ -340,7 +336,7 @@ def test_a_model_that_its_config_does_not_describe() -> None:
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**GQA))
     model.lm_head = torch.nn.Linear(64, 100, bias=False)
     with pytest.raises(ModelLimit, match="does not describe the model"):
-        probe(model)
+        next(probes(model))
 
 
 @pytest.mark.parametrize(
@@ -415,14 +411,28 @@ def test_shrunk_then_fit() -> None:
 
 
 def test_probe_of_a_deep_model_is_quick_and_quiet(capfd: pytest.CaptureFixture[str]) -> None:
-    smollm = dict(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3
-    )
+    smollm = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)
     model = build_meta(hf.LlamaForCausalLM, hf.LlamaConfig(**smollm, tie_word_embeddings=True))
     assert model.lm_head.weight is model.model.embed_tokens.weight
     level, start = hf.logging.get_verbosity(), time.process_time()
-    found = probe(model)
+    guess, found = probes(model)
     assert time.process_time() - start < 4
     assert [str(field) for field in found.movers("model.layers.29.mlp.up_proj.weight", 0)] == ["intermediate_size"]
-    assert probe(model) is found
+    assert list(probes(model))[1] is found
+    assert {field.path: field.moves for field in guess.fields} == {field.path: field.moves for field in found.fields}
     assert (hf.logging.get_verbosity(), capfd.readouterr()) == (level, ("", ""))
+
+
+def test_layers_that_differ_are_not_guessed_from_two() -> None:
+    settings = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=100)
+    mixed = hf.Qwen2MoeConfig(
+        **settings,
+        num_hidden_layers=5,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=48,
+        num_experts=4,
+        mlp_only_layers=[3],
+    )
+    assert len(list(probes(build_meta(hf.Qwen2MoeForCausalLM, mixed)))) == 1
+    alike = hf.LlamaConfig(**settings, num_hidden_layers=5)
+    assert len(list(probes(build_meta(hf.LlamaForCausalLM, alike)))) == 2

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from graphprune.errors import ModelLimit
-from graphprune.rewrite.blueprint import Blueprint, Changes, Dim, Path, as_text, dims, is_number, leaves
+from graphprune.rewrite.blueprint import Blueprint, Changes, Dim, Path, Sizes, as_text, dims, is_number, leaves, lookup
+from graphprune.rewrite.shallow import depths, shallower
+
+DEEP = 4
+"""Layers from which on it is worth looking at two of them first."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,19 +43,92 @@ class Probe:
         return tuple(found for found in self.fields if (name, dim) in found.moves)
 
 
-def probe(model: PreTrainedModel) -> Probe:
-    """Which number in the config moves which dimension; computed once per config."""
-    found = _survey(type(model), type(model.config), as_text(model.config))  # type: ignore[arg-type]
+def probes(model: PreTrainedModel) -> Iterator[Probe]:
+    """Which number in the config moves which dimension: as seen on two layers where all are like those, then as seen on all.
+
+    What the first says of the other layers is a guess, to be proven by building the whole.
+    """
+    blueprint = _blueprint(type(model), type(model.config), as_text(model.config))  # type: ignore[arg-type]
     for name, tensor in model.state_dict().items():
-        if not dims(name, tensor.shape).items() <= found.blueprint.sizes.items():
+        if not dims(name, tensor.shape).items() <= blueprint.sizes.items():
             why = f"a {type(model).__name__} of its config has no such tensor of shape {tuple(tensor.shape)}"
             raise ModelLimit("the config does not describe the model", at=name, why=why)
-    return found
+    if guess := _guess(blueprint.cls, blueprint.config_cls, blueprint.text):
+        yield guess
+    yield _survey(blueprint.cls, blueprint.config_cls, blueprint.text)
+
+
+@lru_cache(maxsize=32)
+def _blueprint(cls: type[PreTrainedModel], config_cls: type[PreTrainedConfig], text: str) -> Blueprint:
+    return Blueprint(cls, config_cls, text)
+
+
+@lru_cache(maxsize=16)
+def _guess(cls: type[PreTrainedModel], config_cls: type[PreTrainedConfig], text: str) -> Probe | None:
+    """A survey of the first two layers, said of all; None where there are few, or others look different."""
+    blueprint = _blueprint(cls, config_cls, text)
+    stacks = {stack: depth for stack, depth in depths(blueprint.sizes).items() if depth >= DEEP}
+    if len(stacks) != 1:
+        return None
+    ((stack, depth),) = stacks.items()
+    twins = _twins(blueprint.sizes, stack, depth)
+    wanted = {dim: size for dim, size in blueprint.sizes.items() if _layer(dim, stack) in (None, 0, 1)}
+    for changes in shallower(blueprint.settings(), depth, [0, 1]) if twins else ():
+        settings = blueprint.settings()
+        for path, value in changes.items():
+            lookup(settings, path[:-1])[path[-1]] = value
+        try:
+            small = _blueprint(cls, config_cls, json.dumps(settings))
+        except Exception:  # noqa: BLE001  a constructor may raise anything; this depth is not to be had so
+            continue
+        if small.sizes == wanted and _numbered(small) == _numbered(blueprint):
+            return _said_of_all(blueprint, _survey(cls, config_cls, small.text), changes, stack, twins)
+    return None
+
+
+def _numbered(blueprint: Blueprint) -> list[Path]:
+    return [path for path, value in leaves(blueprint.settings()) if is_number(value)]
+
+
+def _said_of_all(blueprint: Blueprint, small: Probe, changes: Changes, stack: str, twins: Sequence[int]) -> Probe:
+    """The fields seen on two layers, each moving in every layer what it moves in the layer's twin."""
+    settings = blueprint.settings()
+    fields = []
+    for found in small.fields:
+        if found.path in changes:
+            value = lookup(settings, found.path)
+            fields.append(Field(found.path, value, found.unset, _slopes(blueprint, found.path, value, [{}])))
+            continue
+        moves = {dim: found.moves[seen] for dim in blueprint.sizes if (seen := _seen(dim, stack, twins)) in found.moves}
+        new = {dim: slope for dim, slope in found.moves.items() if dim not in small.blueprint.sizes}
+        fields.append(replace(found, moves=moves | new))
+    return Probe(blueprint, tuple(fields))
+
+
+def _layer(dim: Dim, stack: str) -> int | None:
+    match = re.match(rf"{re.escape(stack)}\.(\d+)\.", dim[0])
+    return int(match[1]) if match else None
+
+
+def _seen(dim: Dim, stack: str, twins: Sequence[int]) -> Dim:
+    """The dimension of one of the first two layers that stands for this one."""
+    layer = _layer(dim, stack)
+    return dim if layer is None else (f"{stack}.{twins[layer]}{dim[0][len(f'{stack}.{layer}') :]}", dim[1])
+
+
+def _twins(sizes: Sizes, stack: str, depth: int) -> list[int]:
+    """For each layer, which of the first two has the same sizes; nothing where one has not."""
+    looks: list[Sizes] = [{} for _ in range(depth)]
+    for dim, size in sizes.items():
+        if (layer := _layer(dim, stack)) is not None:
+            looks[layer][dim[0][len(f"{stack}.{layer}") :], dim[1]] = size
+    twins = [next((first for first in (0, 1) if looks[first] == look), -1) for look in looks]
+    return [] if -1 in twins else twins
 
 
 @lru_cache(maxsize=16)
 def _survey(cls: type[PreTrainedModel], config_cls: type[PreTrainedConfig], text: str) -> Probe:
-    blueprint = Blueprint(cls, config_cls, text)
+    blueprint = _blueprint(cls, config_cls, text)
     settings = list(leaves(blueprint.settings()))
     blanks = [path for path, value in settings if value is None] + blueprint.asked
     unset = {path: value for path in blanks if (value := _derived(blueprint, path)) is not None}

@@ -24,21 +24,21 @@ def shrink_depth(model: PreTrainedModel, keep_layers: Mapping[str, Sequence[int]
 
 
 def _without_layers(blueprint: Blueprint, stack: str, keep: list[int], like: PreTrainedConfig) -> PreTrainedConfig:
-    depths = _depths(blueprint.sizes)
-    if stack not in depths:
-        raise UserMistake(f"the model has no stack of layers {stack!r}", fix=nearest(stack, depths))
-    if not keep or not set(keep) <= set(range(depths[stack])):
-        raise UserMistake(f"{stack} has layers 0 to {depths[stack] - 1}, at least one stays", why=f"asked for {keep}")
+    stacks = depths(blueprint.sizes)
+    if stack not in stacks:
+        raise UserMistake(f"the model has no stack of layers {stack!r}", fix=nearest(stack, stacks))
+    if not keep or not set(keep) <= set(range(stacks[stack])):
+        raise UserMistake(f"{stack} has layers 0 to {stacks[stack] - 1}, at least one stays", why=f"asked for {keep}")
     moved = ((_renumbered(dim, stack, keep), size) for dim, size in blueprint.sizes.items())
     goal = {dim: size for dim, size in moved if dim is not None}
-    for changes in _shallower(blueprint.settings(), depths[stack], keep):
+    for changes in shallower(blueprint.settings(), stacks[stack], keep):
         if _after(blueprint, changes) == goal:
             return blueprint.config(changes, like)
-    why = f"no number {depths[stack]} in it leaves exactly layers {keep} when it becomes {len(keep)}"
+    why = f"no number {stacks[stack]} in it leaves exactly layers {keep} when it becomes {len(keep)}"
     raise ModelLimit(f"no {blueprint.config_cls.__name__} drops these layers", at=stack, why=why)
 
 
-def _shallower(settings: dict[str, Any], depth: int, keep: list[int]) -> Iterator[Changes]:
+def shallower(settings: dict[str, Any], depth: int, keep: list[int]) -> Iterator[Changes]:
     """Changes that may drop layers: a number equal to the depth, the lists beside it by layer, or of layer indices."""
     for path, value in leaves(settings):
         if value != depth or not is_number(value):
@@ -66,7 +66,7 @@ def _after(blueprint: Blueprint, changes: Changes) -> Sizes | None:
     return {dim: size for dim, size in (blueprint.sizes | response).items() if response.get((dim[0], -1)) != 0}
 
 
-def _depths(names: Iterable[Dim]) -> dict[str, int]:
+def depths(names: Iterable[Dim]) -> dict[str, int]:
     """How many members each stack of modules has: ``{"model.layers": 30}``."""
     found: dict[str, set[int]] = {}
     for name, _ in names:
