@@ -26,10 +26,11 @@ import torch
 from torch import nn
 
 from graphprune import Budget, Calibration, Groups, Plan, Pruned, Scores, calibrate, couple, open_source, propagate, select, trace
-from graphprune.compiler import Emission, Example, rewrite
+from graphprune.compiler import rewrite
 from graphprune.cost import parameters
 from graphprune.data import read_texts
 from graphprune.evaluate import perplexity
+from graphprune.facts import Emission, Example
 from graphprune.pipeline import Facts, Pass, find_pass, run
 from graphprune.source import find_smollm2
 
@@ -73,57 +74,41 @@ METHODS = (
     Row("first-order Taylor, all layers", "taylor"),
     Row("first-order Taylor, heads too", "taylor", kinds=("head", "ffn"), before=ENDS),
 )
-THEN = "least_squares:given=then:aim=outputs:even=false"
-NOW = "least_squares:given=now:aim=outputs:where=readers:even=false"
-SUMS = "least_squares:aim=sums:where=writers:even=false"
-EVEN = "least_squares:aim=sums:where=writers"
-ALL = "least_squares:aim=sums:where=all"
+THEN = "least_squares:given=then:aim=outputs:where=readers:even=false:damping=0.01"
+NOW = "least_squares:given=now:aim=outputs:where=readers:even=false:damping=0.01"
+ALL = "least_squares:where=all"
+MEASURED = ("sensitivity",)
 STEPS = (
     TAYLOR,
     Row("+ greedy OBS scores", "obs:gradients=false", before=ENDS),
     Row("+ errors weighted by gradients", "obs", before=ENDS),
-    Row("+ widths by those errors", "obs", scope="global"),
-    Row("+ least squares", "obs", (THEN,), scope="global"),
-    Row("+ on what the pruned layers send", "obs", (NOW,), scope="global"),
-    Row("+ towards the original's stream, every writer", "obs", (SUMS,), scope="global"),
-    Row("+ positions weighed evenly", "obs", (EVEN,), scope="global"),
-    Row("+ every weight that reads something changed", "obs", (ALL,), scope="global"),
-    Row("+ half the calibration self-sampled", "obs", (ALL,), scope="global", mix="both"),
+    Row("+ least squares", "obs", (THEN,), before=ENDS),
+    Row("+ half the calibration self-written", "obs", (THEN,), before=ENDS, mix="both"),
+    Row("+ damping that carries over", "obs", (f"{THEN.removesuffix(':damping=0.01')}",), before=ENDS, mix="both"),
+    Row("+ every weight, towards the original's stream", "obs", (ALL,), before=ENDS, mix="both"),
+    Row("+ widths by the errors", "obs", (ALL,), scope="global", mix="both"),
     Row("+ heads", "obs", (ALL,), scope="global", kinds=("head", "ffn"), mix="both"),
 )
 ALIKE = (
     Row("first-order Taylor, layers alike", "taylor", alike=True),
     Row("greedy OBS, layers alike", "obs", alike=True),
-    Row("greedy OBS and least squares, layers alike", "obs", (EVEN,), alike=True),
     Row("all weights, layers alike", "obs", (ALL,), alike=True),
     Row("all weights, layers alike, both texts", "obs", (ALL,), alike=True, mix="both"),
 )
-MEASURED = ("sensitivity",)
 SEARCH = (
     TAYLOR,
-    *(Row(f"all damping {d}", "obs", (f"{ALL}:damping={d}",), scope="global") for d in (0.001, 0.003, 0.03, 0.1, 0.3)),
-    *(Row(f"writers damping {d}", "obs", (f"{EVEN}:damping={d}",), scope="global") for d in (0.001, 0.1)),
-    Row("all, uneven", "obs", (f"{ALL}:even=false",), scope="global"),
-    Row("all, outputs only", "obs", ("least_squares:aim=outputs:where=all",), scope="global"),
-    Row("all, ends spared", "obs", (ALL,), before=ENDS),
-    Row("all, layers local", "obs", (ALL,)),
-    Row("all, measured widths", "obs", (ALL,), before=MEASURED, scope="global"),
-    Row("all, measured, heads", "obs", (ALL,), before=MEASURED, scope="global", kinds=("head", "ffn")),
-    Row("all, heads", "obs", (ALL,), scope="global", kinds=("head", "ffn")),
-    Row("all, queries", "obs", (ALL,), scope="global", kinds=("query", "ffn")),
-    Row("all, heads and queries", "obs", (ALL,), scope="global", kinds=("head", "query", "ffn")),
-    Row("all, plain errors", "obs:gradients=false", (ALL,), scope="global"),
-    Row("all, surgeon's damping 0.1", "obs:damping=0.1", (ALL,), scope="global"),
-    Row("all, surgeon's damping 0.001", "obs:damping=0.001", (ALL,), scope="global"),
-    Row("all, group Fisher global", "fisher", (ALL,), scope="global"),
-    Row("all, group Fisher, measured", "fisher", (ALL,), before=MEASURED, scope="global"),
-    Row("all, second order, ends spared", "llm_pruner:order=second", (ALL,), before=ENDS),
-    Row("all, Wanda-sp, ends spared", "wanda_sp", (ALL,), before=ENDS),
-    Row("all twice", "obs", (ALL, ALL), scope="global"),
-    Row("all, self-sampled", "obs", (ALL,), scope="global", mix="self"),
-    Row("all, both texts", "obs", (ALL,), scope="global", mix="both"),
-    Row("all, both texts, damping 0.1", "obs", (f"{ALL}:damping=0.1",), scope="global", mix="both"),
-)
+    *(Row(f"{name} damping {d}", "obs", (f"{how}:damping={d}",), before=ENDS, mix="both")
+      for name, how in (("all", ALL), ("now", NOW.removesuffix(":damping=0.01"))) for d in (0.01, 0.1, 1)),
+    Row("writers", "obs", ("least_squares",), before=ENDS, mix="both"),
+    Row("all, uneven", "obs", (f"{ALL}:even=false",), before=ENDS, mix="both"),
+    Row("all, outputs only", "obs", (f"{ALL}:aim=outputs",), before=ENDS, mix="both"),
+    Row("all, measured widths", "obs", (ALL,), before=MEASURED, scope="global", mix="both"),
+    Row("all, measured, heads", "obs", (ALL,), before=MEASURED, scope="global", kinds=("head", "ffn"), mix="both"),
+    Row("all, heads and queries", "obs", (ALL,), scope="global", kinds=("head", "query", "ffn"), mix="both"),
+    Row("all, group Fisher global", "fisher", (ALL,), scope="global", mix="both"),
+    Row("all, self-written", "obs", (ALL,), before=ENDS, mix="self"),
+    Row("all, C4 only", "obs", (ALL,), before=ENDS),
+)  # fmt: skip
 TABLES = {"methods": METHODS, "steps": STEPS, "alike": ALIKE, "search": SEARCH}
 
 
@@ -146,17 +131,12 @@ class Bench:
         return {"input_ids": ids.to(self.args.device)}
 
     def calibration(self, mix: str, seed: int) -> Calibration:
-        """C4, self-sampled text, or half of each, as many tokens either way."""
+        """C4, text the model writes itself, or half of each, as many tokens either way."""
         if (mix, seed) not in self.drawn:
-            if mix == "both":
-                halves = [self.calibration(part, seed).inputs for part in ("c4", "self")]
-                mixed = [batch for pair in zip(*halves, strict=True) for batch in pair][: len(halves[0])]
-                self.drawn[mix, seed] = Calibration(tuple(mixed), mix, seed)
-            else:
-                spec, a = self.calibration_text if mix == "c4" else "self", self.args
-                drawn = calibrate(spec, self.source, samples=a.samples, length=a.length, batch=a.batch, seed=seed)
-                inputs = tuple(self.moved(batch["input_ids"]) for batch in drawn.inputs)
-                self.drawn[mix, seed] = replace(drawn, inputs=inputs)
+            spec = {"c4": self.calibration_text, "self": "self", "both": f"{self.calibration_text}+self"}[mix]
+            a = self.args
+            drawn = calibrate(spec, self.source, samples=a.samples, length=a.length, batch=a.batch, seed=seed)
+            self.drawn[mix, seed] = replace(drawn, inputs=tuple(self.moved(batch["input_ids"]) for batch in drawn.inputs))
         return self.drawn[mix, seed]
 
     def facts(self, row: Row, keep: float, seed: int) -> Facts:

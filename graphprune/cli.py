@@ -22,6 +22,7 @@ from graphprune.bench import disk_bytes, figures
 from graphprune.compiler import Result, compile
 from graphprune.cost import parameters as count
 from graphprune.data import Calibration, calibrate, read_texts
+from graphprune.default import Default, default_for
 from graphprune.disk import check_fits
 from graphprune.errors import GraphpruneError, UserMistake, nearest
 from graphprune.evaluate import perplexity, published
@@ -75,11 +76,14 @@ def compile_(
     output: Output,
     keep: Annotated[float, typer.Option(help="Share of the prunable parameters to keep.")] = 0.8,
     keep_of: Annotated[str, typer.Option(help="Count the share over the prunable 'groups' or the whole 'model'.")] = "groups",
-    method: Annotated[str, typer.Option(help="A pass that scores: NAME[:option=value…] or FILE.py[:function].")] = "magnitude",
+    method: Annotated[
+        str | None,
+        typer.Option(help="A pass that scores: NAME[:option=value…] or FILE.py[:function] (default: the best with --calibration)."),
+    ] = None,
     kinds: Kinds = None,
     scope: Annotated[
-        str, typer.Option(help="'local': every layer the same share; 'global': the least important anywhere.")
-    ] = "local",
+        str | None, typer.Option(help="'local': every layer the same share; 'global': the least important anywhere.")
+    ] = None,
     target: Annotated[
         list[str] | None,
         typer.Option(help="In place of --keep, a share of the whole model: parameters|bytes|flops|kv|latency=0.7; repeatable."),
@@ -97,10 +101,11 @@ def compile_(
         bool, typer.Option("--verify/--no-verify", help="Check the smaller model against the masked original.")
     ] = True,
     calibration: Annotated[
-        str, typer.Option(help="self (sampled from the model), a text file, .jsonl[:field], or a datasets name.")
-    ] = "self",
-    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
-    length: Annotated[int, typer.Option(help="Tokens of each.")] = 128,
+        str | None,
+        typer.Option(help="self (sampled from the model), a text file, .jsonl[:field], or a datasets name; several: a+b."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences (default: what the method wants).")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of each.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences a batch.")] = 4,
     extra: Annotated[
         list[str] | None, typer.Option("--pass", help="A further pass: NAME[:option=value…] or FILE.py[:function]; repeatable.")
@@ -117,15 +122,19 @@ def compile_(
     _check(model, output, stream)
     if stream and (dtype or emit != "module" or alike is False):
         raise UserMistake("--stream writes a stock checkpoint in the dtype it finds", fix="leave out --dtype, --emit and --differ")
-    steps = [find_pass(method), *(find_pass(spec) for spec in extra or [])]
-    settings: dict[str, Any] = {
-        "keep": keep, "keep_of": keep_of, "method": steps[0], "kinds": _listed(kinds), "scope": scope, "round_to": round_to,
-        "minimum": minimum, "protect": protect or (), "seed": seed, "passes": steps[1:], "target": _shares(target or ()),
-    }  # fmt: skip
+    asked = [find_pass(spec) for spec in ([method] if method else []) + (extra or [])]
     with _progress() as show:
         show("opening")
         source = open_source(model, dtype=_dtype(dtype), weights=not stream)
-        text = _calibration(steps, source, calibration, samples, length, batch, seed, show)
+        default = default_for(source.model, calibration is not None and not stream) if method is None else Default(method)
+        steps = [*map(find_pass, (default.method, *default.passes)), *asked[bool(method) :]]
+        settings: dict[str, Any] = {
+            "keep": keep, "keep_of": keep_of, "method": steps[0], "kinds": _listed(kinds), "scope": scope or default.scope,
+            "round_to": round_to, "minimum": minimum, "protect": protect or (), "seed": seed, "passes": steps[1:],
+            "target": _shares(target or ()),
+        }  # fmt: skip
+        sizes = samples or default.samples, length or default.length
+        text = _calibration(steps, source, calibration or "self", *sizes, batch, seed, show)
         if stream:
             _show(compile_streamed(model, output, **settings, calibration=text, progress=show), output)
             return

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from graphprune.axes import Keep
 from graphprune.data import Calibration
+from graphprune.default import Default, default_for
 from graphprune.depth import as_groups, rewrite_pieces, select_pieces
 from graphprune.errors import GraphpruneError, ModelLimit, UserMistake
 from graphprune.execute import execute, tensors_of
@@ -66,9 +67,9 @@ def compile(  # noqa: A001  the product's own verb
     example_inputs: Inputs | None = None,
     *,
     keep: float = 0.8,
-    method: str | Callable[..., Any] = "magnitude",
+    method: str | Callable[..., Any] | None = None,
     kinds: Sequence[str] | None = None,
-    scope: str = "local",
+    scope: str | None = None,
     keep_of: str = "groups",
     target: Mapping[str, float] | None = None,
     round_to: int | Mapping[str, int] | None = None,
@@ -87,14 +88,16 @@ def compile(  # noqa: A001  the product's own verb
 
     ``example_inputs`` is a tensor, a sequence of positional or a mapping of keyword arguments; a transformers model, or one with
     calibration data, needs none. ``method`` is a pass by name, by ``file.py:function`` or a function, with ``options``;
-    ``passes`` adds further ones. ``alike`` (default for transformers models) makes equal layers shrink alike, which a stock
-    config needs. Budget parameters are those of ``Budget``. Raises ModelLimit when the model stands in the way, UserMistake on
-    bad arguments; nothing is changed then.
+    ``passes`` adds further ones. Without a method it is magnitude, with calibration text the recipe in ``default.py``, its
+    ``scope`` and its passes before yours. ``alike`` (default for transformers models) makes equal layers shrink alike, which a
+    stock config needs. Budget parameters are those of ``Budget``. Raises ModelLimit when the model stands in the way,
+    UserMistake on bad arguments; nothing is changed then.
     """
     torch.manual_seed(seed)
+    default = default_for(model, calibration is not None) if method is None else Default(method)
     shrink_alike = _alike(model, alike, emit)
     budget = Budget(
-        keep, keep_of, scope, kinds, tuple(protect), round_to, minimum, shrink_alike, dict(target or {})
+        keep, keep_of, scope or default.scope, kinds, tuple(protect), round_to, minimum, shrink_alike, dict(target or {})
     )
     given: Facts = {nn.Module: model, Example: example_for(model, example_inputs, calibration), Emission: Emission(emit, verify)}
     if calibration is not None:
@@ -102,9 +105,9 @@ def compile(  # noqa: A001  the product's own verb
     notes: list[str] = []
     given[Notes] = Notes(notes)
     given[Budget] = budget
-    scorer = find_pass(method, **seeded(method, options or {}, seed))
-    stages = whole_pieces(scorer, kinds, budget) if kinds is not None and set(kinds) & set(WHOLE) else pipeline(scorer)
-    facts = run(with_extras(stages, [find_pass(extra) for extra in passes]), given, progress)
+    scorer = find_pass(default.method, **seeded(default.method, options or {}, seed))
+    stages = whole_pieces(scorer, kinds or ()) if whole else pipeline(scorer)
+    facts = run(with_extras(stages, [find_pass(extra) for extra in (*default.passes, *passes)]), given, progress)
     pruned: Pruned = facts[Pruned]
     return Result(pruned.model, facts[Plan], facts[Groups], pruned, tuple(notes), facts)
 
@@ -114,13 +117,10 @@ def pipeline(scorer: Pass) -> list[Pass]:
     return [Pass(traced), Pass(propagate), Pass(couple), Pass(narrow), Pass(stock_steps), scorer, Pass(select), Pass(rewrite)]
 
 
-def whole_pieces(scorer: Pass, kinds: Sequence[str], budget: Budget) -> list[Pass]:
+def whole_pieces(scorer: Pass, kinds: Sequence[str]) -> list[Pass]:
     """The stages that remove layers or branches; widths are for another compile, of what this one gives."""
     if len(kinds) > 1:
         raise UserMistake(f"{', '.join(kinds)} cannot go in one compile", fix="remove layers first, then compile the result again")
-    if budget.target:
-        raise UserMistake("a target is for widths", why="whole pieces are counted by parameters", fix="use keep")
-
     if scorer.options.get("aggregate") in ("last-only", "first-only"):
         raise UserMistake("a layer has no first or last member", fix="aggregate=sum")
 
@@ -131,11 +131,13 @@ def whole_pieces(scorer: Pass, kinds: Sequence[str], budget: Budget) -> list[Pas
 
 
 def with_extras(stages: Sequence[Pass], extras: Sequence[Pass]) -> list[Pass]:
-    """Stages with further passes, each behind the stage that makes what it makes; what replaces the result goes last."""
+    """Stages with further passes, each behind the stage that makes what it makes; what changes the calibration goes first, what
+    replaces the result last."""
     placed = list(stages)
     for extra in extras:
         place = [i for i, stage in enumerate(placed) if stage.makes is extra.makes]
-        placed.insert(place[-1] + 1 if place else len(placed), extra)
+        otherwise = 0 if extra.makes is Calibration else len(placed)
+        placed.insert(place[-1] + 1 if place else otherwise, extra)
     return placed
 
 

@@ -26,7 +26,10 @@ from graphprune.errors import ModelLimit, UserMistake, first_line, nearest
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 SPLITS = ("train", "validation", "test")
-SAMPLED_AT_ONCE = 32
+SAMPLED_AT_ONCE = 64
+PIECE = 128
+"""Tokens of a self-written piece: what comes later costs more to write and says less that is new."""
+
 SHORTEST_LINE = 64
 """Lines under this many characters say nothing about where a text comes from."""
 
@@ -85,9 +88,7 @@ def calibrate(
     if len(parts := _parts(spec)) > 1:
         sizes = [samples // len(parts) + (i < samples % len(parts)) for i in range(len(parts))]
         drawn = [calibrate(p, source, samples=n, length=length, batch=batch, seed=seed) for p, n in zip(parts, sizes, strict=True)]
-        turns = zip_longest(*(part.inputs for part in drawn))
-        inputs = tuple(batch for turn in turns for batch in turn if batch is not None)
-        return Calibration(inputs, spec, seed, frozenset().union(*(part.lines for part in drawn)))
+        return mixed(*drawn)
     if spec == "random" and not hasattr(source.config, "vocab_size"):
         return _random_inputs(source, samples, batch, seed)
     rows, texts = _rows(spec, source, samples, length, seed)
@@ -176,6 +177,14 @@ def _check_sizes(source: Feed, **sizes: int) -> None:
         raise UserMistake(f"length is {sizes['length']}", why=f"the model reads at most {limit} tokens", fix=f"length ≤ {limit}")
 
 
+def mixed(*parts: Calibration) -> Calibration:
+    """Their batches in turn."""
+    turns = zip_longest(*(part.inputs for part in parts))
+    inputs = tuple(batch for turn in turns for batch in turn if batch is not None)
+    source = "+".join(part.source for part in parts)
+    return Calibration(inputs, source, parts[0].seed, frozenset().union(*(part.lines for part in parts)))
+
+
 def _parts(spec: str) -> list[str]:
     """The specs that a mixture names; a file may have a plus in its name."""
     return [spec] if Path(spec).exists() else [part for part in spec.split("+") if part]
@@ -184,7 +193,7 @@ def _parts(spec: str) -> list[str]:
 def _rows(spec: str, source: Feed, samples: int, length: int, seed: int) -> tuple[Tensor, list[str]]:
     """Token ids (samples, length), and the texts they were cut from."""
     if spec == "self":
-        return _sample_self(source, samples, length, seed), []
+        return written(source.model, source.config, samples, length, seed), []
     if spec == "random":
         draw = torch.Generator().manual_seed(seed)
         config = source.config
@@ -192,22 +201,25 @@ def _rows(spec: str, source: Feed, samples: int, length: int, seed: int) -> tupl
     return _crops(read_texts(spec), source.tokenizer(), samples, length, seed)
 
 
-def _sample_self(source: Feed, samples: int, length: int, seed: int) -> Tensor:
-    """Sequences that the model itself writes at temperature 1.
+def written(model: nn.Module, config: Any, samples: int, length: int, seed: int = 0) -> Tensor:
+    """Sequences (samples, length) that a language model itself writes at temperature 1, each packed from pieces of 128 tokens.
 
-    The first, third, … begin with its beginning-of-sequence token, the others with a token at random, as in LLM-QAT
-    (arXiv 2305.17888): what a model says of its own accord is narrower than what it knows.
+    The first, third, … piece begins with its beginning-of-sequence token, the others with a token at random, as in LLM-QAT
+    (arXiv 2305.17888): what a model says of its own accord is narrower than what it knows. Raises UserMistake when it cannot.
     """
-    model, start = source.model, _start_token(source.config)
+    start = _start_token(config)
     device = next(model.parameters()).device
-    if device.type == "meta" or getattr(source.config, "is_encoder_decoder", False):
+    if device.type == "meta" or getattr(config, "is_encoder_decoder", False):
         why = "its weights are not loaded" if device.type == "meta" else "it needs an input to answer"
         raise UserMistake("the model cannot write its own calibration text", why=why, fix="calibrate on a text, or on random ids")
     draw = torch.Generator().manual_seed(seed)
-    first = torch.full((samples, 1), start)
-    first[1::2] = ordinary_ids(source.config.vocab_size, _special(source.config), (samples // 2, 1), draw)
+    tokens = min(PIECE, length)
+    pieces = samples * -(-length // tokens)
+    first = torch.full((pieces, 1), start)
+    first[1::2] = ordinary_ids(config.vocab_size, _special(config), (pieces // 2, 1), draw)
     prompts = torch.split(first.to(device), SAMPLED_AT_ONCE)
-    return torch.cat([decode(model, prompt, lambda logits: _sampled(logits, draw), length - 1).cpu() for prompt in prompts])
+    rows = torch.cat([decode(model, prompt, lambda logits: _sampled(logits, draw), tokens - 1).cpu() for prompt in prompts])
+    return rows.reshape(samples, -1)[:, :length]
 
 
 def _sampled(logits: Tensor, draw: torch.Generator) -> Tensor:

@@ -1,15 +1,18 @@
-"""Whether there is calibration text in, what stands where no method is asked for out: scores, scope, passes, how much text.
+"""A model, and whether there is calibration data, in; the method that stands where none is asked for out.
 
-Without data it is magnitude. With text it is the recipe that ``docs/quality.md`` measures against the published methods.
+Without data it is magnitude. For a language model with text it is what ``docs/quality.md`` measures against the published ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from graphprune.data import Calibration
+from torch import nn
+from transformers import PreTrainedModel
+
+LEAST_SQUARES = "least_squares:given=then:aim=outputs:where=readers:even=false"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +27,10 @@ class Default:
 
 
 PLAIN = Default("magnitude")
-CALIBRATED = Default("obs", "global", ("least_squares:where=all",), samples=64, length=512)
+CALIBRATED = Default("obs", "global", ("self_written", LEAST_SQUARES), samples=32, length=512)
 
 
-def default_for(calibration: Calibration | Sequence[Mapping[str, Any]] | None) -> Default:
-    """The recipe for text where the calibration inputs are token ids, the data-free one otherwise."""
-    inputs = calibration.inputs if isinstance(calibration, Calibration) else calibration or ()
-    return CALIBRATED if any("input_ids" in batch for batch in inputs) else PLAIN
+def default_for(model: nn.Module, calibrated: bool) -> Default:
+    """The recipe for a model that writes text, where there is calibration data; the data-free one otherwise."""
+    writes = isinstance(model, PreTrainedModel) and model.can_generate() and not model.config.is_encoder_decoder
+    return CALIBRATED if calibrated and writes else PLAIN

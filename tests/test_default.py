@@ -1,0 +1,71 @@
+"""What stands where no method is asked for: magnitude without data, the measured recipe with text; every choice can be overruled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from graphprune.passes.self_written import self_written
+
+import graphprune
+from graphprune import Calibration
+from tests.models import llama
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    return llama()
+
+
+@pytest.fixture(scope="module")
+def text(model: Any) -> Calibration:
+    draw = torch.Generator().manual_seed(1)
+    vocabulary = model.config.vocab_size
+    rows = tuple({"input_ids": torch.randint(3, vocabulary, (2, 16), generator=draw)} for _ in range(4))
+    return Calibration(rows, "drawn", seed=3)
+
+
+def test_magnitude_without_data(model: Any) -> None:
+    assert graphprune.compile(model, keep=0.8, verify=False).plan.method.startswith("magnitude")
+
+
+def test_the_recipe_with_text(model: Any, text: Calibration) -> None:
+    result = graphprune.compile(model, keep=0.7, kinds=["ffn"], calibration=text)
+    assert result.plan.method.startswith("obs")
+    assert result.plan.options["scope"] == "global"
+    assert result.pruned.config is not None
+    plain = graphprune.compile(model, keep=0.7, kinds=["ffn"], calibration=text, method="obs", scope="global", passes=["self_written"])
+    assert plain.plan.cuts == result.plan.cuts
+    changed = [
+        name
+        for (name, found), other in zip(result.model.named_parameters(), plain.model.parameters(), strict=True)
+        if not torch.equal(found, other)
+    ]
+    assert changed
+    assert all("down_proj" in name for name in changed)
+
+
+def test_a_method_that_is_asked_for_stands_alone(model: Any, text: Calibration) -> None:
+    result = graphprune.compile(model, keep=0.7, calibration=text, method="wanda_sp")
+    assert result.plan.method.startswith("wanda_sp")
+    assert result.plan.options["scope"] == "local"
+    assert result.facts[Calibration] is text
+
+
+def test_a_model_that_writes_nothing_gets_magnitude(text: Calibration) -> None:
+    config = hf.BertConfig(
+        vocab_size=1000, hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, hidden_dropout_prob=0.0
+    )
+    result = graphprune.compile(hf.BertModel(config).eval(), keep=0.8, calibration=text, verify=False)
+    assert result.plan.method.startswith("magnitude")
+
+
+def test_self_written_batches_take_turns_with_the_given_ones(model: Any, text: Calibration) -> None:
+    both = self_written(model, text, most=4)
+    assert [tuple(batch.shape) for batch in both.batches] == [(2, 16)] * 6
+    assert [any(batch is given for given in text.batches) for batch in both.batches] == [True, False, True, False, True, True]
+    again = self_written(model, text, most=4)
+    assert all(torch.equal(one, other) for one, other in zip(both.batches, again.batches, strict=True))
