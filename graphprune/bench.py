@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -238,6 +239,7 @@ def _peak(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
         with inference(model):
             model(**moved)
         return int(torch.cuda.max_memory_allocated(device)) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes to stderr otherwise
     with inference(model), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         output = model(**moved)
     del output
