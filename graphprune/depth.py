@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from graphprune.cost import cost
-from graphprune.errors import ModelLimit
+from graphprune.cost import MEASURES, cost
+from graphprune.errors import ModelLimit, UserMistake
 from graphprune.execute import execute, tensors_of
 from graphprune.facts import Emission, Example, Pruned
 from graphprune.groups import Group, Groups, matches
@@ -29,6 +29,9 @@ from graphprune.score import Scores
 from graphprune.select import Budget, for_kind
 from graphprune.verify import close, leaves
 
+COUNTED = ("parameters", "bytes", "flops")
+"""Costs that are counted tensor by tensor and product by product, so that those of a piece can be left out."""
+
 
 def as_groups(layers: Layers) -> Groups:
     """The same, for a criterion that scores any groups."""
@@ -39,20 +42,34 @@ def select_pieces(layers: Layers, scores: Scores, budget: Budget) -> Plan:
     """Choose the pieces that go: the lowest scores first, ``local`` the same share of every stack, ``global`` by score per
     parameter, ``rank`` by score alone, until the budget is met. Raises ModelLimit when it is out of reach."""
     keep = {group.factor: list(range(group.size)) for group in layers}
-    names = None if budget.keep_of == "model" else {t for pieces in layers.pieces.values() for p in pieces for t in p.tensors}
-    whole = _parameters(layers.axes, names)
+    left = _left(layers, keep, budget)
     for group, unit in _order(layers, scores, budget):
-        if _parameters(remaining(layers, keep), names) <= budget.keep * whole:
+        if left <= 1:
             break
         if len(keep[group.factor]) > max(group.least, for_kind(budget.minimum, group.kind)):
             keep[group.factor].remove(unit)
-    if (left := _parameters(remaining(layers, keep), names)) > budget.keep * whole:
-        why = f"{left / whole:.1%} is left when every stack keeps its minimum and what is protected stays"
-        raise ModelLimit(f"a budget of {budget.keep:.1%} is out of reach", why=why, fix="protect less, or ask for less")
+            left = _left(layers, keep, budget)
+    if left > 1:
+        why = f"{left:.2f} times the budget is left when every stack keeps its minimum and what is protected stays"
+        raise ModelLimit(
+            f"a budget of {budget.target or budget.keep} is out of reach", why=why, fix="protect less, or ask for less"
+        )
     cuts = tuple(_cut(layers, group, keep[group.factor], scores) for group in layers if len(keep[group.factor]) < group.size)
     costs = {"before": _costs(layers.axes), "after": _costs(remaining(layers, keep))}
-    options = {"keep": budget.keep, "keep_of": budget.keep_of, "scope": budget.scope, "protect": list(budget.protect)}
+    options = {name: getattr(budget, name) for name in ("keep", "keep_of", "scope")} | {"protect": list(budget.protect)}
+    options |= {"target": dict(budget.target)} if budget.target else {}
     return Plan(layers.axes.trace.name, fingerprint(layers.axes.trace), scores.method, options, cuts, costs)
+
+
+def _left(layers: Layers, keep: Mapping[Any, Sequence[int]], budget: Budget) -> float:
+    """What is left over what may be, of the cost that exceeds its limit the most."""
+    after = remaining(layers, keep)
+    if budget.target:
+        if unknown := set(budget.target) - set(COUNTED):
+            raise UserMistake(f"whole pieces are not chosen by {min(unknown)}", fix=f"a target of {', '.join(COUNTED)}")
+        return max(MEASURES[name](after)({}) / (share * MEASURES[name](layers.axes)({})) for name, share in budget.target.items())
+    names = None if budget.keep_of == "model" else {t for pieces in layers.pieces.values() for p in pieces for t in p.tensors}
+    return _parameters(after, names) / (budget.keep * _parameters(layers.axes, names))
 
 
 def _order(layers: Layers, scores: Scores, budget: Budget) -> Iterator[tuple[Group, int]]:

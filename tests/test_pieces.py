@@ -282,6 +282,17 @@ def test_protected_layers_stay_and_a_budget_that_needs_them_is_refused() -> None
         graphprune.compile(model, inputs, kinds=["layer"], keep=0.3, method="magnitude", protect=ends)
 
 
+@pytest.mark.parametrize("measure", ["parameters", "bytes", "flops"])
+def test_a_target_is_met_as_recounted_on_what_comes_out(measure: str) -> None:
+    model, inputs = deep_llama(6), {"input_ids": tokens()}
+    result = graphprune.compile(model, inputs, kinds=["layer"], method="magnitude", target={measure: 0.8})
+    again = graphprune.compile(result.model, inputs, kinds=["layer"], keep=1.0)
+    assert again.plan.cost["before"] == result.plan.cost["after"]
+    assert result.plan.cost["after"][measure] <= 0.8 * result.plan.cost["before"][measure]
+    with pytest.raises(UserMistake, match="latency"):
+        graphprune.compile(model, inputs, kinds=["layer"], target={"latency": 0.8})
+
+
 def test_layers_and_widths_go_one_after_the_other() -> None:
     model = deep_llama()
     with pytest.raises(UserMistake, match="cannot go in one compile"):
