@@ -115,7 +115,7 @@ def compiled(source: Path, out: Path) -> str:
 
 def measured(options: argparse.Namespace) -> None:
     """Compile, and print seconds and peak MiB."""
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     source, out = options.inside
     calibration = None
     if options.method not in ("magnitude", "random"):
@@ -127,7 +127,14 @@ def measured(options: argparse.Namespace) -> None:
         allowed = (int(rows["VmData"].split()[0]) << 10) + (options.limit << 20)
         resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
     begun = time.monotonic()
-    compile_streamed(source, out, keep=options.keep, method=options.method, calibration=calibration, passes=options.extra)
+
+    def show(stage: str) -> None:
+        print(f"{time.monotonic() - begun:6.1f} s  {time.process_time():6.1f} CPU s  {stage}", file=sys.stderr, flush=True)
+
+    compile_streamed(
+        source, out, keep=options.keep, method=options.method, calibration=calibration, passes=options.extra, progress=show
+    )
+    show("done")
     seconds = time.monotonic() - begun
     print(json.dumps({"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
 

@@ -63,7 +63,7 @@ def see_gradients(
     """Run forward and backward on each batch and hand every gradient over as soon as it is complete.
 
     ``names`` limits which parameters get one. The peak is weights, activations and one parameter's gradient. Modes, flags and
-    gradients of the model are left as they were. A transformers model on which ``gradient_checkpointing_enable()`` was called
+    gradients of the model are left as they were. A transformers model on which ``activation_checkpointing_enable()`` was called
     computes the activations within its layers twice instead of keeping them.
     """
     with _only_gradients_of(model, names) as parameters, _checkpointed(model):

@@ -29,7 +29,7 @@ from graphprune.evaluate import perplexity, published
 from graphprune.groups import Group, Groups, couple
 from graphprune.masks import sparsify, zeros
 from graphprune.output import save, save_model
-from graphprune.pieces import Layers, branches, layers
+from graphprune.pieces import WHOLE, Layers, branches, layers
 from graphprune.pipeline import find_pass
 from graphprune.plan import load_plan
 from graphprune.propagate import propagate
@@ -126,7 +126,8 @@ def compile_(
     with _progress() as show:
         show("opening")
         source = open_source(model, dtype=_dtype(dtype), weights=not stream)
-        default = default_for(source.model, calibration is not None and not stream) if method is None else Default(method)
+        whole = not set(WHOLE).isdisjoint(_listed(kinds) or ())
+        default = default_for(source.model, calibration is not None and not stream, whole) if method is None else Default(method)
         steps = [*map(find_pass, (default.method, *default.passes)), *asked[bool(method) :]]
         settings: dict[str, Any] = {
             "keep": keep, "keep_of": keep_of, "method": steps[0], "kinds": _listed(kinds), "scope": scope or default.scope,
@@ -139,7 +140,7 @@ def compile_(
             _show(compile_streamed(model, output, **settings, calibration=text, progress=show), output)
             return
         if checkpointing:
-            source.model.gradient_checkpointing_enable()  # type: ignore[operator]
+            _enable_checkpointing(source)
         example = None if text else _inputs(source)
         result = compile(source.model, example, **settings, alike=alike, emit=emit, verify=verify, calibration=text, progress=show)
         show("saving")
@@ -347,6 +348,15 @@ def _check(model: str, output: Path, stream: bool = False) -> None:
         check_free(output)
     if not stream:
         check_fits(model)
+
+
+def _enable_checkpointing(source: Source) -> None:
+    enable = getattr(source.model, "activation_checkpointing_enable", None) or getattr(
+        source.model, "gradient_checkpointing_enable", None
+    )
+    if enable is None:
+        raise UserMistake(f"{type(source.model).__name__} knows no checkpointing", fix="leave out --checkpointing")
+    enable()
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

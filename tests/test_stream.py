@@ -14,7 +14,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import graphprune
-from graphprune import execute
+from graphprune import disk, execute
+from graphprune.cli import main
 from graphprune.disk import Checkpoint, OnDisk, put
 from graphprune.errors import GraphpruneError
 from graphprune.rewrite.stream import streamed
@@ -103,7 +104,7 @@ def drawn(rows: int = 6) -> graphprune.Calibration:
     return graphprune.Calibration(tuple({"input_ids": pair} for pair in ids.split(2)), "drawn")
 
 
-@pytest.mark.parametrize(("method", "repair"), [("wanda_sp", ()), ("minitron", ()), ("taylor", ()), ("flap", ("least_squares",))])
+@pytest.mark.parametrize(("method", "repair"), [("wanda_sp", ()), ("minitron", ()), ("taylor", ()), ("flap", ("least_squares:damping=0.01",))])
 def test_scores_and_repairs_from_disk_are_those_from_memory(
     tmp_path: Path, method: str, repair: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +172,42 @@ def test_what_needs_the_whole_model_says_so_and_writes_nothing(tmp_path: Path) -
         with pytest.raises(GraphpruneError, match=words):
             compile_streamed(source, tmp_path / "out", **options)  # type: ignore[arg-type]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_inspect_reads_no_weight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = saved(tmp_path / "model", shard="1GB")
+    for spoil in (lambda file: file.write_bytes(b"no tensor in here"), lambda file: file.unlink()):
+        spoil(source / "model.safetensors")
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main(["inspect", str(source), "--json"])
+        assert {"head", "ffn"} <= {row["kind"] for row in json.loads(capsys.readouterr().out)}
+
+
+def test_a_model_that_does_not_fit_is_refused_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = saved(tmp_path / "model"), tmp_path / "out"
+    monkeypatch.setattr(disk, "available_memory", lambda: 1000)
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(["compile", str(source), "-o", str(out)])
+    assert "--stream" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["compile", str(source), "-o", str(out), "--stream", "--keep", "0.7", "--method", "wanda_sp", "--calibration", "random"])
+    plan = str(out / "graphprune_plan.json")
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["apply", plan, str(source), "-o", str(tmp_path / "again"), "--stream"])
+    assert all(torch.equal(tensor, tensors(tmp_path / "again")[name]) for name, tensor in tensors(out).items())
+
+
+@pytest.mark.long
+def test_a_model_of_four_times_the_allowed_memory_is_scored_and_repaired(tmp_path: Path) -> None:
+    """The limit is on what the process has of its own beyond what it holds when everything is imported."""
+    for settings in (["--method", "flap"], ["--method", "flap", "--pass", "least_squares"]):
+        script = Path(__file__).parent.parent / "benchmarks" / "streaming.py"
+        sizes = ["--gigabytes", "1", "--hidden", "1024", "--vocabulary", "8000", "--limit", "256", "--repeats", "1"]
+        done = subprocess.run([sys.executable, script, *sizes, *settings, "--folder", tmp_path], capture_output=True, text=True, check=False)
+        assert not done.returncode, done.stderr[-2000:]
+        assert "compile" in done.stdout
 
 
 KILLED = """

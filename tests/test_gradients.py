@@ -1,0 +1,87 @@
+"""Gradients as scores use them: in float32 or better, activations computed twice on request, no more of them held than asked."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from graphprune.passes.llm_pruner import llm_pruner
+
+import graphprune
+from tests.models import VOCABULARY, sharpened
+
+
+def llama(dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=24, intermediate_size=45, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=6,
+    )  # fmt: skip
+    return sharpened(transformers.LlamaForCausalLM(config)).to(dtype).eval()
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(5)
+    return [{"input_ids": torch.randint(0, VOCABULARY, (2, 11), generator=draw)} for _ in range(2)]
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    graphprune.see_gradients(model, batches()[:1], lambda name, _, gradient: found.__setitem__(name, gradient.clone()))
+    return found
+
+
+def test_checkpointing_computes_the_layers_twice_and_gives_the_same_gradients() -> None:
+    model, calls = llama(), []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    plain, once = gradients(model), len(calls)
+    model.activation_checkpointing_enable()
+    twice = gradients(model)
+    assert (once, len(calls) - once) == (3, 6)
+    assert plain.keys() == twice.keys()
+    assert all(torch.equal(plain[name], twice[name]) for name in plain)
+    assert model.config.use_cache
+    assert not any("forward" in vars(layer) for layer in model.model.layers)
+
+
+def test_gradients_of_half_precision_weights_come_in_float32() -> None:
+    assert {gradient.dtype for gradient in gradients(llama(torch.bfloat16)).values()} == {torch.float32}
+    assert {gradient.dtype for gradient in gradients(llama(torch.float64)).values()} == {torch.float64}
+
+
+@pytest.mark.parametrize("order", ["first", "mixed"])
+def test_the_share_of_the_gradients_that_is_held_does_not_change_the_scores(order: str) -> None:
+    model, calibration = llama(), graphprune.Calibration(tuple(batches()), "drawn")
+    groups = graphprune.couple(graphprune.propagate(graphprune.trace(model, batches()[0])))
+    whole, parts = (llm_pruner(model, groups, calibration, order=order, rounds=rounds) for rounds in (1, 4))
+    assert all(torch.equal(whole[group.name], parts[group.name]) for group in groups)
+
+
+@pytest.mark.parametrize(("order", "held"), [("vector", 1), ("second", 1), ("first", 99)])
+def test_second_order_scores_hold_no_gradient(order: str, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``see`` is given, and what becomes of it, is gone when the next gradient comes."""
+    model, calibration = llama(), graphprune.Calibration(tuple(batches()), "drawn")
+    groups = graphprune.couple(graphprune.propagate(graphprune.trace(model, batches()[0])))
+    most, alive = 0, weakref.WeakSet[torch.Tensor]()
+    shapes = {parameter.shape for parameter in model.parameters() if parameter.ndim == 2}
+    plain = torch.Tensor.__mul__, torch.Tensor.__truediv__
+
+    def watched(operation: Any) -> Any:
+        def run(self: torch.Tensor, other: Any) -> torch.Tensor:
+            nonlocal most
+            result = operation(self, other)
+            if result.shape in shapes and not result.requires_grad:
+                alive.add(result)
+                most = max(most, len(alive))
+            return result
+
+        return run
+
+    monkeypatch.setattr(torch.Tensor, "__mul__", watched(plain[0]))
+    monkeypatch.setattr(torch.Tensor, "__truediv__", watched(plain[1]))
+    llm_pruner(model, groups, calibration, order=order)
+    assert (most <= 2) is (held == 1)
