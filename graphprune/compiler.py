@@ -147,11 +147,14 @@ def traced(model: nn.Module, example: Example, emission: Emission) -> Trace:
 
 
 def narrow(model: nn.Module, groups: Groups, budget: Budget, emission: Emission, notes: Notes) -> Groups:
-    """Only the groups the budget ranges over; by default none that would cost the stock config."""
+    """Only the groups the budget ranges over; by default none that would cost the stock config, or that no module computes."""
     kinds = allowed_kinds(groups, budget.kinds)
     if isinstance(model, PreTrainedModel) and emission.emit == "module" and budget.alike and budget.kinds is None:
         obstacles = {kind: _not_stock(model, groups, kind, budget) for kind in kinds}
         spared = [kind for kind, why in obstacles.items() if why]
+    if emission.emit == "module" and budget.kinds is None:
+        groups = _without_recomputed(groups, notes)
+        kinds = tuple(kind for kind in kinds if kind in groups.kinds)
         if len(spared) < len(kinds):
             notes.lines.extend(f"{kind} groups are left alone: {obstacles[kind]}" for kind in spared)
             kinds = tuple(kind for kind in kinds if kind not in spared)
@@ -161,6 +164,12 @@ def narrow(model: nn.Module, groups: Groups, budget: Budget, emission: Emission,
 def stock_steps(model: nn.Module, groups: Groups, budget: Budget, emission: Emission) -> Budget:
     """The budget with each kind's sizes rounded to multiples that the config accepts (a width that heads must divide, say)."""
     if not isinstance(model, PreTrainedModel) or emission.emit != "module" or not budget.alike:
+def _without_recomputed(groups: Groups, notes: Notes) -> Groups:
+    anew = [group for group in groups if group.factor in groups.axes.recomputed()]
+    notes.lines.extend(f'{g.name} is left alone: the forward computes a constant over it; emit="graph" slices that' for g in anew)
+    return replace(groups, groups=tuple(group for group in groups if group not in anew))
+
+
         return budget
     steps = {}
     for kind in groups.kinds:

@@ -67,6 +67,10 @@ class Axes:
         """Every factor on any parameter, buffer or constant."""
         return frozenset(f for axes in self.tensors.values() for axis in axes for f in axis.factors)
 
+    def recomputed(self) -> frozenset[Factor]:
+        """Every factor on a constant that the forward computes: only a graph can slice it, a module computes it anew."""
+        return frozenset(f for node in self.computed for axis in self.nodes[node] for f in axis.factors)
+
 
 def propagate(trace: Trace, *, open_ends: bool = False) -> Axes:
     """Solve for the axis expression of every tensor of ``trace``.
@@ -154,11 +158,15 @@ class _Walk:
                 return self._freeze(node, "its sizes depend on data")
             error.add_note(f"in the rule of {node.target} at {source_line(node)}")
             raise RuleBug(f"the rule of {node.target} failed: {error!r}") from error
+        mismatch = _mismatch(result, shapes)
+        if mismatch and _depends_on_data(node):
+            return self._freeze(node, "its sizes depend on data")
+        if mismatch:
+            raise RuleBug(f"the rule of {node.target} {mismatch}")
         self.uses += op.uses
         if op.literals:
             self.literals[node] = (op.literals, op.becomes)
         self.limits += [(axis, count, Reason(f"must keep {count}", node)) for axis, count in op.limits]
-        self._check(node, result, shapes)
         self._in_place(op, result)
         self._freeze_positions(node, "computed with", [*op.understood, *(typed.values for typed in _each(result))])
         return result
@@ -211,16 +219,6 @@ class _Walk:
         if isinstance(result, Typed):
             return replace(result, source=node, activation=node in self.active)
         return tuple(self._own(part, node) for part in result) if isinstance(result, tuple | list) else result
-
-    def _check(self, node: fx.Node, result: Any, shapes: Any) -> None:
-        if shapes is None:
-            return
-        expected = [shapes] if _single(shapes) else list(shapes)
-        if len(expected) != len(list(_each(result))):
-            raise RuleBug(f"the rule of {node.target} gives {len(list(_each(result)))} tensors of {len(expected)}")
-        for typed, shape in zip(_each(result), expected, strict=False):
-            if tuple(Op.length(axis) for axis in typed.axes) != shape:
-                raise RuleBug(f"the rule of {node.target} gives {typed.axes} where the op gives {shape}")
 
     def _in_place(self, op: Op, result: Any) -> None:
         if is_in_place(op.node.target) and isinstance(op.get("self"), Typed) and isinstance(result, Typed):
@@ -302,6 +300,17 @@ def _each(value: Any) -> Iterator[Typed]:
             yield from _each(part)
 
 
+def _mismatch(result: Any, shapes: Any) -> str | None:
+    """What is wrong with the shapes a rule gives."""
+    if shapes is None:
+        return None
+    found, expected = list(_each(result)), [shapes] if _single(shapes) else list(shapes)
+    if len(expected) != len(found):
+        return f"gives {len(found)} tensors of {len(expected)}"
+    wrong = ((t.axes, shape) for t, shape in zip(found, expected, strict=True) if tuple(map(Op.length, t.axes)) != shape)
+    return next((f"gives {axes} where the op gives {shape}" for axes, shape in wrong), None)
+
+
 def _single(shapes: Any) -> bool:
     return all(isinstance(size, int) for size in shapes)
 
@@ -321,7 +330,8 @@ def _number(value: Any) -> Any:
         return value
     if value.node.hint is not None:
         return value.node.hint
-    return int(value.node.expr.xreplace(dict.fromkeys(value.node.expr.free_symbols, UNKNOWN)))
+    guess = int(value.node.expr.xreplace(dict.fromkeys(value.node.expr.free_symbols, UNKNOWN)))
+    return guess if guess > 0 else UNKNOWN
 
 
 def _depends_on_data(node: fx.Node) -> bool:

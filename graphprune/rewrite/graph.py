@@ -5,8 +5,10 @@ Always possible, whatever Python attributes a model hides its sizes in; it is th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import gcd
+from operator import floordiv, mul
 from typing import Any
 
 import torch
@@ -108,11 +110,28 @@ def _follow(axes: Axes, node: fx.Node, copy: fx.Node, keep: Keep) -> None:
     changed = {lit.name: new for lit in literals if (new := _followed(axes, node, lit, arguments, keep)) is not None}
     if not changed:
         return
+    for literal in literals:
+        if literal.name in changed and literal.meaning == "sizes":
+            changed[literal.name] = _open_sizes(copy, changed[literal.name], literal.axes, keep)
     arguments |= changed
     copy.target = becomes or node.target
     wanted = [argument.name for argument in copy.target._schema.arguments]  # type: ignore[union-attr]
     copy.args, copy.kwargs = (), {name: arguments[name] for name in wanted if name in arguments}
     _positional(copy)
+
+
+def _open_sizes(copy: fx.Node, sizes: list[Any], axes: Iterable[Axis], keep: Keep) -> list[Any]:
+    """A size that the graph computes, of an open size and one that shrinks (``batch · heads``), scaled in the graph."""
+    with copy.graph.inserting_before(copy):
+        return [
+            _scaled(copy.graph, size, axis.resized(keep), axis.size) if isinstance(size, fx.Node) and axis.shrinks(keep) else size
+            for size, axis in zip(sizes, axes, strict=True)
+        ]
+
+
+def _scaled(graph: fx.Graph, size: fx.Node, new: int, old: int) -> fx.Node:
+    shared = gcd(new, old)
+    return graph.call_function(floordiv, (graph.call_function(mul, (size, new // shared)), old // shared))
 
 
 def new_literals(axes: Axes, node: fx.Node, keep: Keep) -> Iterator[tuple[Any, Any]]:

@@ -29,7 +29,7 @@ def main() -> None:
     rows = read(options.rows)
     limits = Limits(options.seconds, int(options.gigabytes * 2**30))
     for row in apart(with_module if options.module else stages, chosen(options, rows), options.jobs, limits):
-        rows[row["family"], row["type"]] = row | {"date": date.today().isoformat()}
+        rows = read(options.rows) | {(row["family"], row["type"]): row | {"date": date.today().isoformat()}}
         print(shown(row), flush=True)
         write(options.rows, rows)
     print(Counter((family, outcome(row)) for (family, _), row in rows.items()))

@@ -150,8 +150,8 @@ CAUSAL: dict[str, Special] = {
     "musicgen": Special(inputs=lambda model: {"input_ids": some_tokens(13, 5 * 4)}),
     "musicgen_melody": Special(inputs=lambda model: {"input_ids": some_tokens(13, 5 * 4)}),
     "nemotron": sized(num_key_value_heads=2),
-    "qwen4_exp": sized(text_config=QWEN4),
-    "qwen4_exp_text": sized(**QWEN4),
+    "qwen4_exp": Special({"text_config": QWEN4}, lambda model: {"input_ids": some_tokens(7, 2)}),  # a loop over rows and positions
+    "qwen4_exp_text": Special(QWEN4, lambda model: {"input_ids": some_tokens(7, 2)}),
     "reformer": Special(REFORMER, lambda model: {"input_ids": some_tokens(16)}),  # padding makes a mask that is summed
     "xlnet": Special({"d_head": 16}, lambda model: {"use_mems": False}),
     "xmod": sized(default_language="en_XX"),
