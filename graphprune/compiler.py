@@ -30,7 +30,7 @@ from graphprune.rewrite.stock import expressible, stock_config
 from graphprune.select import Budget, allowed_kinds, for_kind, select
 from graphprune.source import guess_inputs
 from graphprune.trace import Inputs, Trace, trace
-from graphprune.verify import check_masked, close, computes, leaves
+from graphprune.verify import check_masked, close, computes, leaves, same_draws
 
 TRIED_STEPS = 8
 """How many roundings are tried to find sizes a config accepts."""
@@ -220,7 +220,8 @@ def rewrite(model: nn.Module, groups: Groups, plan: Plan, example: Example, emis
 
 
 def _as_module(model: nn.Module, axes: Axes, keep: Keep, cut: Smaller, inputs: Sequence[Any], example: Example) -> Pruned:
-    reference = leaves(execute(axes.trace, cut.tensors, inputs, graph=cut.graph))
+    with same_draws():
+        reference = leaves(execute(axes.trace, cut.tensors, inputs, graph=cut.graph))
 
     def accept(emitted: nn.Module) -> bool:
         return close(emitted, example.inputs, reference)

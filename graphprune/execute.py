@@ -30,6 +30,12 @@ STRETCH = 64 << 20
 
 CPU = torch.device("cpu")
 
+RANDOM = tuple(
+    f"aten::{name}" for name in ("rand", "randn", "rand_like", "randn_like", "normal", "uniform", "bernoulli", "exponential")
+)
+DRAWN = 0.5
+"""What takes the place of every random number where computations of different sizes are compared in another precision."""
+
 CHECKS = ("aten::_assert_tensor_metadata", "aten::_assert_async", "aten::_assert_scalar")
 
 
@@ -126,7 +132,8 @@ class Walk:
             return value if self.edit is None else self.edit(node, operand, value)
 
         args, kwargs = _retyped(fx.map_arg((node.args, node.kwargs), fetch), self.dtype)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        value = node.target(*args, **kwargs)  # type: ignore[operator]
+        return value.fill_(DRAWN) if self.dtype is not None and is_drawn(node) else value
 
     def fetch(self, node: fx.Node) -> Any:
         """The value of a node; a weight is read the first time anything asks for it."""
@@ -138,6 +145,11 @@ class Walk:
         if self.dtype is not None and isinstance(value, Tensor) and value.is_floating_point():
             return value.to(self.dtype)
         return value
+
+
+def is_drawn(node: fx.Node) -> bool:
+    """Whether a node's value is drawn at random, whatever its operands are."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name.rstrip("_") in RANDOM
 
 
 def is_check(node: fx.Node) -> bool:

@@ -7,7 +7,8 @@ precision. Where a norm spans the removed units there is no such original; then 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -116,6 +117,14 @@ def _random(inputs: Sequence[Any]) -> list[Any]:
     return [other(value) for value in inputs]
 
 
+@contextmanager
+def same_draws() -> Iterator[None]:
+    """Models that draw at random draw the same each time, and the caller's draws go on as if nothing had happened."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
 def close(emitted: torch.nn.Module, inputs: Inputs, reference: Sequence[Tensor]) -> bool:
     """Whether an emitted model computes the reference outputs, within what its precision allows; False when it cannot run."""
     try:
@@ -128,7 +137,7 @@ def close(emitted: torch.nn.Module, inputs: Inputs, reference: Sequence[Tensor])
 def computes(emitted: torch.nn.Module, inputs: Inputs, reference: Sequence[Tensor]) -> bool:
     """The same, but what the model raises is raised."""
     args, kwargs = as_call(inputs)
-    with exportable(emitted):
+    with exportable(emitted), same_draws():
         found = leaves(emitted(*args, **kwargs))
     limit = max((PRECISION.get(tensor.dtype, 1e-3) for tensor in found), default=0.0)
     return difference(found, reference) <= limit

@@ -224,3 +224,26 @@ def test_recurrent_layers_know_their_new_sizes() -> None:
     assert smaller.gru.input_size == smaller.up.out_features < 9
     assert smaller.gru.hidden_size == smaller.cell.input_size < 10
     assert smaller.cell.hidden_size == smaller.out.in_features < 7
+
+
+class Drawing(nn.Module):
+    """A variational autoencoder that draws also when it is evaluated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.mean, self.spread, self.down, self.out = (
+            nn.Linear(6, 20), nn.Linear(20, 4), nn.Linear(20, 4), nn.Linear(4, 20), nn.Linear(20, 3),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x).relu()
+        mean = self.mean(x)
+        return self.out(self.down(mean + self.spread(x).exp() * torch.randn_like(mean)).relu())
+
+
+def test_a_model_that_draws_at_random_is_checked_all_the_same() -> None:
+    """Draws of all sizes are one number in the check of the cut, and the same draws in the check of the module."""
+    model, x = sharpened(Drawing()), torch.randn(2, 6)
+    smaller: Any = graphprune.compile(model, x, keep=0.8, kinds=["ffn"], protect=["mean"], method="random").model
+    assert smaller.down.out_features == smaller.out.in_features < 20
+    assert graphprune.compile(model, x, keep=0.6, kinds=["all"], method="random", emit="graph").model(x).shape == (2, 3)
