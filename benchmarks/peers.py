@@ -45,7 +45,9 @@ def main() -> None:
         print(json.dumps(one(options.one, options.networks[0], options.keep)))
         return
     rows: dict[str, dict[str, Any]] = {}
-    print(f"{'network':>16} {'peer s':>8} {'ours s':>8} {'ratio':>6} {'bare s':>8} {'ratio':>6} {'peer extra':>10} {'our extra':>9}")
+    print(
+        f"{'network':>16} {'peer s':>8} {'ours s':>8} {'ratio':>6} {'bare s':>8} {'ratio':>6} {'peer extra':>10} {'our extra':>9}"
+    )
     for name in options.networks or NETWORKS:
         rows[name] = compared(name, options.pairs, options.limit)
         print(line(name, rows[name]), flush=True)
@@ -186,8 +188,9 @@ def by_peer(model: nn.Module, inputs: Any, keep: float, bare: bool) -> nn.Module
             heads |= dict.fromkeys((module.k_proj, module.v_proj), model.config.num_key_value_heads)
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     pruner = torch_pruning.pruner.BasePruner(
-        model, inputs, importance=torch_pruning.importance.GroupMagnitudeImportance(p=2), pruning_ratio=SHARE, ignored_layers=[last],
-        num_heads=heads, prune_num_heads=text, head_pruning_ratio=SHARE, output_transform=(lambda out: out.logits) if text else None,
+        model, inputs, importance=torch_pruning.importance.GroupMagnitudeImportance(p=2), pruning_ratio=SHARE,
+        ignored_layers=[last], num_heads=heads, prune_num_heads=text, head_pruning_ratio=SHARE,
+        output_transform=(lambda out: out.logits) if text else None,
     )  # fmt: skip
     pruner.step()
     return model

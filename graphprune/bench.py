@@ -103,6 +103,7 @@ def figures(
     repeats: int = 5,
 ) -> dict[str, Figures]:
     """Everything about models that run on one prompt in turns, or, given ``inputs``, on those."""
+    timed: dict[str, tuple[Speed, Speed | None]]
     if inputs is None:
         ids = prompt if isinstance(prompt, Tensor) else _random_prompt(models.values(), prompt, 0)
         timed = {
@@ -243,9 +244,9 @@ def _peak(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     with inference(model), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         output = model(**moved)
     del output
-    events: Any = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events: Any = seen.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    return max(accumulate((size for _, size in changes), initial=0))
+    return int(max(accumulate((size for _, size in changes), initial=0)))
 
 
 def _now(device: torch.device) -> float:

@@ -105,7 +105,7 @@ def _attended(axes: Axes, node: fx.Node) -> list[fx.Node]:
     if not any(product in name for product in ("aten.matmul.", "aten.bmm.")):
         return []
     first, second = node.args[:2]
-    return [second] if isinstance(second, fx.Node) and {first, second} <= axes.activations else []  # type: ignore[arg-type]
+    return [second] if isinstance(second, fx.Node) and {first, second} <= axes.activations else []
 
 
 def _origin(node: fx.Node) -> fx.Node:

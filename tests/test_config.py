@@ -13,9 +13,9 @@ import transformers as hf
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from graphprune.errors import ModelLimit, UserMistake
-from graphprune.rewrite.blueprint import build_meta
+from graphprune.rewrite.blueprint import as_text, build_meta
 from graphprune.rewrite.config import candidates, fit
-from graphprune.rewrite.probe import probes
+from graphprune.rewrite.probe import _guess, _survey, probe
 from graphprune.rewrite.shallow import shrink_depth
 
 # Sizes collide on purpose: 4 layers, 4 heads, 4 experts; a vocabulary as wide as the FFN.
@@ -336,7 +336,7 @@ def test_a_model_that_its_config_does_not_describe() -> None:
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**GQA))
     model.lm_head = torch.nn.Linear(64, 100, bias=False)
     with pytest.raises(ModelLimit, match="does not describe the model"):
-        next(probes(model))
+        probe(model)
 
 
 @pytest.mark.parametrize(
@@ -415,11 +415,12 @@ def test_probe_of_a_deep_model_is_quick_and_quiet(capfd: pytest.CaptureFixture[s
     model = build_meta(hf.LlamaForCausalLM, hf.LlamaConfig(**smollm, tie_word_embeddings=True))
     assert model.lm_head.weight is model.model.embed_tokens.weight
     level, start = hf.logging.get_verbosity(), time.process_time()
-    guess, found = probes(model)
+    found = probe(model)
     assert time.process_time() - start < 4
     assert [str(field) for field in found.movers("model.layers.29.mlp.up_proj.weight", 0)] == ["intermediate_size"]
-    assert list(probes(model))[1] is found
-    assert {field.path: field.moves for field in guess.fields} == {field.path: field.moves for field in found.fields}
+    assert probe(model) is found
+    full = _survey(type(model), type(model.config), found.blueprint.text)
+    assert {field.path: field.moves for field in found.fields} == {field.path: field.moves for field in full.fields}
     assert (hf.logging.get_verbosity(), capfd.readouterr()) == (level, ("", ""))
 
 
@@ -433,6 +434,6 @@ def test_layers_that_differ_are_not_guessed_from_two() -> None:
         num_experts=4,
         mlp_only_layers=[3],
     )
-    assert len(list(probes(build_meta(hf.Qwen2MoeForCausalLM, mixed)))) == 1
+    assert _guess(hf.Qwen2MoeForCausalLM, hf.Qwen2MoeConfig, as_text(mixed)) is None
     alike = hf.LlamaConfig(**settings, num_hidden_layers=5)
-    assert len(list(probes(build_meta(hf.LlamaForCausalLM, alike)))) == 2
+    assert _guess(hf.LlamaForCausalLM, hf.LlamaConfig, as_text(alike)) is not None

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from graphprune.errors import ModelLimit, UserMistake, nearest
 from graphprune.rewrite.blueprint import Blueprint, Changes, Dim, Path, Sizes, dims
-from graphprune.rewrite.probe import Field, Probe, probes
+from graphprune.rewrite.probe import Field, Probe, probe
 
 Choice = tuple[int, Changes]  # new values, and how many fields that changes (one that no hint names counts thrice)
 
@@ -36,16 +36,16 @@ def candidates(
     ``numbers`` maps an old number to its possible new ones: hints, and the only values for fields that move no shape.
     Raises ModelLimit, with the dimension in the way, when there is no such config.
     """
-    reached: list[Changes] = []
-    for found in probes(model):
-        search = Search(found, _goal(found.blueprint.sizes, shapes), numbers)
-        obstacle = search.obstacle(certain=True)
-        for changes in search.reached() if obstacle is None else ():
-            if changes not in reached:
-                reached.append(changes)
-                yield found.blueprint.config(changes, like=model.config)
+    found = probe(model)
+    search = Search(found, _goal(found.blueprint.sizes, shapes), numbers)
+    if obstacle := search.obstacle(certain=True):
+        raise obstacle
+    reached = False
+    for changes in search.reached():
+        reached = True
+        yield found.blueprint.config(changes, like=model.config)
     if not reached:
-        raise obstacle or search.obstacle(certain=False) or search.exhausted()
+        raise search.obstacle(certain=False) or search.exhausted()
 
 
 def fit(

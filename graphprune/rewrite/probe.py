@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -43,19 +44,15 @@ class Probe:
         return tuple(found for found in self.fields if (name, dim) in found.moves)
 
 
-def probes(model: PreTrainedModel) -> Iterator[Probe]:
-    """Which number in the config moves which dimension: as seen on two layers where all are like those, then as seen on all.
-
-    What the first says of the other layers is a guess, to be proven by building the whole.
-    """
-    blueprint = _blueprint(type(model), type(model.config), as_text(model.config))  # type: ignore[arg-type]
+def probe(model: PreTrainedModel) -> Probe:
+    """Which number in the config moves which dimension: seen on two layers where all respond alike, else seen on all."""
+    key: Any = type(model), type(model.config), as_text(model.config)
+    blueprint = _blueprint(*key)
     for name, tensor in model.state_dict().items():
         if not dims(name, tensor.shape).items() <= blueprint.sizes.items():
             why = f"a {type(model).__name__} of its config has no such tensor of shape {tuple(tensor.shape)}"
             raise ModelLimit("the config does not describe the model", at=name, why=why)
-    if guess := _guess(blueprint.cls, blueprint.config_cls, blueprint.text):
-        yield guess
-    yield _survey(blueprint.cls, blueprint.config_cls, blueprint.text)
+    return _guess(*key) or _survey(*key)
 
 
 @lru_cache(maxsize=32)
@@ -64,8 +61,11 @@ def _blueprint(cls: type[PreTrainedModel], config_cls: type[PreTrainedConfig], t
 
 
 @lru_cache(maxsize=16)
-def _guess(cls: type[PreTrainedModel], config_cls: type[PreTrainedConfig], text: str) -> Probe | None:
-    """A survey of the first two layers, said of all; None where there are few, or others look different."""
+def _guess(cls: Any, config_cls: Any, text: str) -> Probe | None:
+    """A survey of the first two layers, said of all; None where there are few, or others look or respond differently.
+
+    That all respond alike is seen on the whole model, with every number that moves a size doubled.
+    """
     blueprint = _blueprint(cls, config_cls, text)
     stacks = {stack: depth for stack, depth in depths(blueprint.sizes).items() if depth >= DEEP}
     if len(stacks) != 1:
@@ -82,8 +82,17 @@ def _guess(cls: type[PreTrainedModel], config_cls: type[PreTrainedConfig], text:
         except Exception:  # noqa: BLE001  a constructor may raise anything; this depth is not to be had so
             continue
         if small.sizes == wanted and _numbered(small) == _numbered(blueprint):
-            return _said_of_all(blueprint, _survey(cls, config_cls, small.text), changes, stack, twins)
+            survey = _survey(cls, config_cls, small.text)
+            moving = {found.path: 2 * found.value for found in survey.fields if found.moves and found.path not in changes}
+            whole, few = blueprint.response(moving), small.response(moving)
+            same = whole is not None and few is not None and whole == _everywhere(blueprint, few, stack, twins)
+            return _said_of_all(blueprint, survey, changes, stack, twins) if same else None
     return None
+
+
+def _everywhere(blueprint: Blueprint, few: Sizes, stack: str, twins: Sequence[int]) -> Sizes:
+    """Sizes of two layers as those of all of them."""
+    return {dim: few[seen] for dim in blueprint.sizes if (seen := _seen(dim, stack, twins)) in few}
 
 
 def _numbered(blueprint: Blueprint) -> list[Path]:
@@ -127,7 +136,7 @@ def _twins(sizes: Sizes, stack: str, depth: int) -> list[int]:
 
 
 @lru_cache(maxsize=16)
-def _survey(cls: type[PreTrainedModel], config_cls: type[PreTrainedConfig], text: str) -> Probe:
+def _survey(cls: Any, config_cls: Any, text: str) -> Probe:
     blueprint = _blueprint(cls, config_cls, text)
     settings = list(leaves(blueprint.settings()))
     blanks = [path for path, value in settings if value is None] + blueprint.asked
