@@ -12,8 +12,6 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-LEAST_SQUARES = "least_squares:given=then:aim=outputs:where=readers:even=false"
-
 
 @dataclass(frozen=True, slots=True)
 class Default:
@@ -27,7 +25,7 @@ class Default:
 
 
 PLAIN = Default("magnitude")
-CALIBRATED = Default("obs", "global", ("self_written", LEAST_SQUARES), samples=32, length=512)
+CALIBRATED = Default("obs", "global", ("self_written", "least_squares:where=all"), samples=32, length=512)
 
 
 def default_for(model: nn.Module, calibrated: bool) -> Default:

@@ -43,7 +43,7 @@ Moments = tuple[Tensor, Tensor]
 FEW = 0.01
 """λ where there are not two batches to choose it by."""
 
-DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+DAMPINGS = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 CHOICES = {"given": ("now", "then"), "aim": ("sums", "outputs"), "where": ("readers", "writers", "all")}
 

@@ -44,8 +44,8 @@ def test_the_recipe_with_text(model: Any, text: Calibration) -> None:
         for (name, found), other in zip(result.model.named_parameters(), plain.model.parameters(), strict=True)
         if not torch.equal(found, other)
     ]
-    assert changed
-    assert all("down_proj" in name for name in changed)
+    assert any("down_proj" in name for name in changed)
+    assert not any("norm" in name or "embed" in name for name in changed)
 
 
 def test_a_method_that_is_asked_for_stands_alone(model: Any, text: Calibration) -> None:
