@@ -123,20 +123,26 @@ def measured(options: argparse.Namespace) -> None:
         ids = torch.randint(0, options.vocabulary, (BATCHES, ROWS, LENGTH), generator=draw)
         calibration = graphprune.Calibration(tuple({"input_ids": rows} for rows in ids), "drawn")
     if options.limit:
-        rows = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        allowed = (int(rows["VmData"].split()[0]) << 10) + (options.limit << 20)
+        allowed = (status("VmData") + options.limit) << 20
         resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
     begun = time.monotonic()
 
     def show(stage: str) -> None:
-        print(f"{time.monotonic() - begun:6.1f} s  {time.process_time():6.1f} CPU s  {stage}", file=sys.stderr, flush=True)
+        seconds = f"{time.monotonic() - begun:6.1f} s  {time.process_time():6.1f} CPU s"
+        print(f"{seconds}  {status('VmRSS')} MiB resident, {status('VmData')} MiB own  {stage}", file=sys.stderr, flush=True)
 
     compile_streamed(
         source, out, keep=options.keep, method=options.method, calibration=calibration, passes=options.extra, progress=show
     )
     show("done")
     seconds = time.monotonic() - begun
-    print(json.dumps({"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+    print(json.dumps({"seconds": seconds, "peak": status("VmHWM")}))
+
+
+def status(row: str) -> int:
+    """What this process has, in MiB: VmHWM is its peak resident size (ru_maxrss would count its parent's too), VmData its own."""
+    rows = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(rows[row].split()[0]) >> 10
 
 
 def arguments() -> argparse.Namespace:

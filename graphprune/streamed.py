@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from graphprune.axes import Keep
@@ -130,7 +131,7 @@ def opened(model: nn.Module, config: PreTrainedConfig, axes: Axes, keep: Keep, f
 
     Raises ModelLimit when names or shapes differ.
     """
-    with quiet(), init_empty_weights(include_buffers=False):
+    with quiet(), init_empty_weights(include_buffers=False), _Unfilled():
         built: nn.Module = type(model)._from_config(deepcopy(config)).train(False)  # type: ignore[attr-defined]
     for tensor in axes.trace.tensors.values():
         shape = tuple(axis.resized(keep) for axis in axes.tensors[tensor.name])
@@ -146,6 +147,13 @@ def opened(model: nn.Module, config: PreTrainedConfig, axes: Axes, keep: Keep, f
             held: dict[str, Any] = vars(built.get_submodule(home))["_parameters" if tensor.kind == "parameter" else "_buffers"]
             held[leaf] = value
     return built
+
+
+class _Unfilled(TorchFunctionMode):
+    """What a constructor leaves to be filled takes no memory."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **{**(kwargs or {}), **({"device": "meta"} if function is torch.empty else {})})
 
 
 def _by_file_name(axes: Axes, files: Checkpoint) -> dict[str, Any]:
