@@ -94,7 +94,10 @@ def compile(  # noqa: A001  the product's own verb
     UserMistake on bad arguments; nothing is changed then.
     """
     torch.manual_seed(seed)
-    default = default_for(model, calibration is not None) if method is None else Default(method)
+    whole = not set(WHOLE).isdisjoint(kinds or ())
+    if whole and target:
+        raise UserMistake("a target is for widths", why="whole pieces are counted by parameters", fix="use keep")
+    default = default_for(model, calibration is not None, whole) if method is None else Default(method)
     shrink_alike = _alike(model, alike, emit)
     budget = Budget(
         keep, keep_of, scope or default.scope, kinds, tuple(protect), round_to, minimum, shrink_alike, dict(target or {})
@@ -149,27 +152,27 @@ def traced(model: nn.Module, example: Example, emission: Emission) -> Trace:
 def narrow(model: nn.Module, groups: Groups, budget: Budget, emission: Emission, notes: Notes) -> Groups:
     """Only the groups the budget ranges over; by default none that would cost the stock config, or that no module computes."""
     kinds = allowed_kinds(groups, budget.kinds)
-    if isinstance(model, PreTrainedModel) and emission.emit == "module" and budget.alike and budget.kinds is None:
-        obstacles = {kind: _not_stock(model, groups, kind, budget) for kind in kinds}
-        spared = [kind for kind, why in obstacles.items() if why]
     if emission.emit == "module" and budget.kinds is None:
         groups = _without_recomputed(groups, notes)
         kinds = tuple(kind for kind in kinds if kind in groups.kinds)
+    if isinstance(model, PreTrainedModel) and emission.emit == "module" and budget.alike and budget.kinds is None:
+        obstacles = {kind: _not_stock(model, groups, kind, budget) for kind in kinds}
+        spared = [kind for kind, why in obstacles.items() if why]
         if len(spared) < len(kinds):
             notes.lines.extend(f"{kind} groups are left alone: {obstacles[kind]}" for kind in spared)
             kinds = tuple(kind for kind in kinds if kind not in spared)
     return replace(groups, groups=tuple(group for group in groups if group.kind in kinds))
 
 
-def stock_steps(model: nn.Module, groups: Groups, budget: Budget, emission: Emission) -> Budget:
-    """The budget with each kind's sizes rounded to multiples that the config accepts (a width that heads must divide, say)."""
-    if not isinstance(model, PreTrainedModel) or emission.emit != "module" or not budget.alike:
 def _without_recomputed(groups: Groups, notes: Notes) -> Groups:
     anew = [group for group in groups if group.factor in groups.axes.recomputed()]
     notes.lines.extend(f'{g.name} is left alone: the forward computes a constant over it; emit="graph" slices that' for g in anew)
     return replace(groups, groups=tuple(group for group in groups if group not in anew))
 
 
+def stock_steps(model: nn.Module, groups: Groups, budget: Budget, emission: Emission) -> Budget:
+    """The budget with each kind's sizes rounded to multiples that the config accepts (a width that heads must divide, say)."""
+    if not isinstance(model, PreTrainedModel) or emission.emit != "module" or not budget.alike:
         return budget
     steps = {}
     for kind in groups.kinds:

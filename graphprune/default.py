@@ -28,7 +28,15 @@ PLAIN = Default("magnitude")
 CALIBRATED = Default("obs", "global", ("self_written", "least_squares:where=all"), samples=32, length=512)
 
 
-def default_for(model: nn.Module, calibrated: bool) -> Default:
-    """The recipe for a model that writes text, where there is calibration data; the data-free one otherwise."""
+INFLUENCE = Default("short_gpt")
+
+
+def default_for(model: nn.Module, calibrated: bool, whole: bool = False) -> Default:
+    """The recipe for a model that writes text, where there is calibration data; the data-free one otherwise.
+
+    Of ``whole`` pieces it is block influence, where there is data.
+    """
+    if whole:
+        return INFLUENCE if calibrated else PLAIN
     writes = isinstance(model, PreTrainedModel) and model.can_generate() and not model.config.is_encoder_decoder
     return CALIBRATED if calibrated and writes else PLAIN

@@ -16,7 +16,7 @@ from graphprune.facts import Example
 from graphprune.rewrite.checkpoint import PLAN, complete_or_nothing, load, save_differing, save_plain, save_stock
 from graphprune.rewrite.graph import PrunedGraph
 from graphprune.source import Source, quiet
-from graphprune.trace import as_call, exportable
+from graphprune.trace import as_call, exportable, open_sizes
 from graphprune.verify import close, leaves, same_draws
 
 PROGRAM = "model.pt2"
@@ -62,8 +62,16 @@ def _write(result: Result, folder: Path) -> None:
 
 
 def _save_program(model: PrunedGraph, example: Example, folder: Path) -> None:
+    """An exported program; batch and sequence stay open where inputs go by position and the model allows it.
+
+    For ONNX, hand a smaller model, module or graph, to torch's own exporter: ``torch.onnx.export(model, args, dynamo=True)``.
+    """
     args, kwargs = as_call(example.inputs)
-    torch.export.save(torch.export.export(model, args, kwargs, strict=False), folder / PROGRAM)
+    try:
+        program = torch.export.export(model, args, kwargs, dynamic_shapes={"args": open_sizes(args, {})}, strict=False)
+    except Exception:  # noqa: BLE001  whatever stands against open sizes, fixed ones are the answer
+        program = torch.export.export(model, args, kwargs, strict=False)
+    torch.export.save(program, folder / PROGRAM)
 
 
 def _copy_tokenizer(source: Source, folder: Path) -> None:
