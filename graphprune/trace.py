@@ -192,7 +192,7 @@ def _batched_experts(model: nn.Module) -> Iterator[None]:
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool) -> ExportedProgram:
     if dynamic:
         try:
-            return export(model, args, kwargs, dynamic_shapes=_open_shapes(args, kwargs), strict=False)
+            return export(model, args, kwargs, dynamic_shapes=open_sizes(args, kwargs), strict=False)
         except Exception:  # noqa: BLE001  whatever stands against open sizes, fixed ones are the answer
             return _export(model, args, kwargs, False)
     try:
@@ -201,7 +201,9 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
         raise _export_failure(model, error) from error
 
 
-def _open_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def open_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Batch and sequence left open, as the ``dynamic_shapes`` of torch.export."""
+
     def open_dims(value: Any) -> Any:
         return dict.fromkeys(range(min(2, value.ndim)), Dim.AUTO) if isinstance(value, Tensor) else None
 
