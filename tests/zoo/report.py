@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from statistics import median
@@ -89,8 +90,13 @@ def failures(rows: Sequence[Row]) -> Iterator[str]:
     yield "## Every failure\n"
     bad = [row for row in rows if not outcome(row).startswith("ok")]
     for row in bad:
-        yield f"- **{row['family']} {row['type']}**: {outcome(row)}. {'; '.join(row.get('wrong', [])) or row.get('error', '')}"
+        yield f"- **{row['family']} {row['type']}**: {outcome(row)}. {'; '.join(row.get('wrong', [])) or without_home(row.get('error', ''))}"
     yield "" if bad else "None.\n"
+
+
+def without_home(text: str) -> str:
+    """Paths from the package on."""
+    return re.sub(r"/\S*?/(?=transformers/|torch/|graphprune/)", "", text)
 
 
 def frozen(rows: Sequence[Row]) -> Iterator[str]:
