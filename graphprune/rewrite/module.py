@@ -26,7 +26,7 @@ from graphprune.propagate import Axes, source_line
 from graphprune.rewrite.attributes import Attributes, Path, attributes_between, is_plain, numbers, read, write
 from graphprune.rewrite.graph import new_literals
 
-TRIALS = 64
+TRIALS = 32
 """Choices of attributes that are tried for each kind of evidence."""
 
 LAYER_ATTRIBUTES: Mapping[type[nn.Module], Mapping[str, Callable[[Any], Any]]] = {
