@@ -16,7 +16,7 @@ from graphprune.axes import Keep
 from graphprune.data import Calibration
 from graphprune.default import Default, default_for
 from graphprune.depth import as_groups, rewrite_pieces, select_pieces
-from graphprune.errors import GraphpruneError, ModelLimit, UserMistake
+from graphprune.errors import GraphpruneError, HiddenSize, ModelLimit, UserMistake
 from graphprune.execute import execute, tensors_of
 from graphprune.facts import Emission, Example, Notes, Pruned
 from graphprune.groups import Groups, couple
@@ -95,8 +95,6 @@ def compile(  # noqa: A001  the product's own verb
     """
     torch.manual_seed(seed)
     whole = not set(WHOLE).isdisjoint(kinds or ())
-    if whole and target:
-        raise UserMistake("a target is for widths", why="whole pieces are counted by parameters", fix="use keep")
     default = default_for(model, calibration is not None, whole) if method is None else Default(method)
     shrink_alike = _alike(model, alike, emit)
     budget = Budget(
@@ -110,9 +108,33 @@ def compile(  # noqa: A001  the product's own verb
     given[Budget] = budget
     scorer = find_pass(default.method, **seeded(default.method, options or {}, seed))
     stages = whole_pieces(scorer, kinds or ()) if whole else pipeline(scorer)
-    facts = run(with_extras(stages, [find_pass(extra) for extra in (*default.passes, *passes)]), given, progress)
+    facts = _with_fewer_kinds(with_extras(stages, [find_pass(extra) for extra in (*default.passes, *passes)]), given, progress)
     pruned: Pruned = facts[Pruned]
     return Result(pruned.model, facts[Plan], facts[Groups], pruned, tuple(notes), facts)
+
+
+def _with_fewer_kinds(stages: Sequence[Pass], given: Facts, progress: Progress | None) -> Facts:
+    """Run the stages. Where the model's code hides a size of one of the kinds that nobody asked for, once more without it."""
+    try:
+        return run(stages, given, progress)
+    except HiddenSize as limit:
+        budget, notes = given[Budget], given[Notes]
+        if budget.kinds is not None:
+            raise
+        present = allowed_kinds(couple(propagate(traced(given[nn.Module], given[Example], given[Emission]))), None)
+        for spared in sorted(present, key=SPARED.index) if len(present) > 1 else ():
+            rest = tuple(kind for kind in present if kind != spared)
+            try:
+                facts = run(stages, {**given, Budget: replace(budget, kinds=rest)}, progress)
+            except ModelLimit:
+                continue
+            notes.lines.append(f'{spared} groups are left alone, emit="graph" would cut them: {limit.what}, {limit.at}')
+            return facts
+        raise
+
+
+SPARED = ("query", "qk_width", "value_width", "head", "hidden", "expert", "channel", "ffn")
+"""Which kind is left alone first where the code hides a size: what is most often computed from others."""
 
 
 def pipeline(scorer: Pass) -> list[Pass]:

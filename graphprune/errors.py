@@ -37,6 +37,10 @@ class ModelLimit(GraphpruneError):
     """The model cannot be handled: not exportable, no such group, a budget out of reach."""
 
 
+class HiddenSize(ModelLimit):
+    """A size stands in the model's code, where no attribute changes it."""
+
+
 class UserMistake(GraphpruneError):
     """A bad ratio, an unknown method, a path that is not there."""
 

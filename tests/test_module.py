@@ -247,3 +247,27 @@ def test_a_model_that_draws_at_random_is_checked_all_the_same() -> None:
     smaller: Any = graphprune.compile(model, x, keep=0.8, kinds=["ffn"], protect=["mean"], method="random").model
     assert smaller.down.out_features == smaller.out.in_features < 20
     assert graphprune.compile(model, x, keep=0.6, kinds=["all"], method="random", emit="graph").model(x).shape == (2, 3)
+
+
+class FourHeads(nn.Module):
+    """Attention whose code divides the width by its heads, beside a feed-forward layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows, count, width = x.shape
+        q, k, v = self.qkv(x).reshape(rows, count, 3, 4, width // 4).permute(2, 0, 3, 1, 4)
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(rows, count, width))
+        return x + self.down(self.up(x).relu())
+
+
+def test_a_kind_that_the_code_hides_is_left_alone_unless_it_is_asked_for() -> None:
+    model, x = FourHeads().eval(), torch.randn(2, 5, 32)
+    result = graphprune.compile(model, x, keep=0.7)
+    assert {cut.kind for cut in result.plan.cuts} == {"ffn"}
+    assert any("head groups are left alone" in note for note in result.notes)
+    with pytest.raises(graphprune.errors.HiddenSize, match="hides a size"):
+        graphprune.compile(model, x, keep=0.7, kinds=["head"])

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from graphprune.axes import Axis, Keep
-from graphprune.errors import ModelLimit, first_line, raised_at
+from graphprune.errors import HiddenSize, first_line, raised_at
 from graphprune.propagate import Axes, source_line
 from graphprune.rewrite.attributes import Attributes, Path, attributes_between, is_plain, numbers, read, write
 from graphprune.rewrite.graph import new_literals
@@ -238,7 +238,7 @@ def _choices(evidence: Sequence[Evidence]) -> Iterator[Choice]:
         yield {place: value for place, value in change.items() if place.kind not in drop}
 
 
-def _hidden(model: nn.Module, evidence: Sequence[Evidence], axes: Axes, keep: Keep, failures: Sequence[Exception]) -> ModelLimit:
+def _hidden(model: nn.Module, evidence: Sequence[Evidence], axes: Axes, keep: Keep, failures: Sequence[Exception]) -> HiddenSize:
     """The line that stands in the way: where two want different values of one attribute, or where the best guess fails."""
     wanted: dict[Place, Evidence] = {}
     clash = next((i for i in evidence for place in i.places if wanted.setdefault(place, i).after != i.after), None)
@@ -256,7 +256,7 @@ def _hidden(model: nn.Module, evidence: Sequence[Evidence], axes: Axes, keep: Ke
     else:
         where, why = _first_cut(axes, keep), "it runs, but its code computes a value from a size (a scale, an average)"
     fix = 'emit="graph", or keep these kinds whole'
-    return ModelLimit(f"{type(model).__name__} hides a size in its code", at=where, why=why, fix=fix)
+    return HiddenSize(f"{type(model).__name__} hides a size in its code", at=where, why=why, fix=fix)
 
 
 def _files(model: nn.Module) -> set[str]:
