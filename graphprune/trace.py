@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +91,18 @@ def _plain(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyna
     """Every block traced."""
     try:
         program = _export(model, args, kwargs, dynamic)
-    except ModelLimit:
-        program = _export_known(model, args, kwargs)
+    except ModelLimit as limit:
+        program = _export_known(model, args, kwargs, limit)
     return _as_trace(model, program, inline(program.graph_module), args, kwargs)
 
 
-def _export_known(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    """Once more for a model that asks its own constants for values, or loops over experts that were hit."""
+def _export_known(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], first: ModelLimit) -> ExportedProgram:
+    """Once more for a model that asks its own constants for values, or loops over experts that were hit; else the ``first`` limit."""
     with Known() as known, casts_that_do_nothing():
-        program = _export(model, args, kwargs, dynamic=False)
+        try:
+            program = _export(model, args, kwargs, dynamic=False)
+        except ModelLimit:
+            raise first from None
     if known.everywhere and not agrees(model, program, args, kwargs):
         raise ModelLimit(f"{type(model).__name__} cannot be exported", why="it loops over places that depend on data")
     return program
@@ -196,7 +200,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
         except Exception:  # noqa: BLE001  whatever stands against open sizes, fixed ones are the answer
             return _export(model, args, kwargs, False)
     try:
-        return export(model, args, kwargs, strict=False)
+        with redirect_stderr(StringIO()):  # torch prints the graph so far before it raises
+            return export(model, args, kwargs, strict=False)
     except Exception as error:
         raise _export_failure(model, error) from error
 
