@@ -97,7 +97,7 @@ def _plain(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyna
 
 
 def _export_known(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], first: ModelLimit) -> ExportedProgram:
-    """Once more for a model that asks its own constants for values, or loops over experts that were hit; else the ``first`` limit."""
+    """Once more for a model that asks its own constants for values, or loops over experts hit; else the ``first`` limit."""
     with Known() as known, casts_that_do_nothing():
         try:
             program = _export(model, args, kwargs, dynamic=False)
