@@ -25,9 +25,8 @@ class Default:
 
 
 PLAIN = Default("magnitude")
-CALIBRATED = Default("obs", "global", ("self_written", "least_squares:where=all"), samples=32, length=512)
-
-
+READERS = "least_squares:given=then:aim=outputs:where=readers:even=false:damping=1"
+CALIBRATED = Default("obs", "global", ("self_written", READERS), samples=32, length=512)
 INFLUENCE = Default("short_gpt")
 
 

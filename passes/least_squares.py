@@ -105,7 +105,8 @@ def _repair(
         if even and reading.stream is not None:
             size = reading.stream.square().mean(1, keepdim=True).sqrt().clamp_min(torch.finfo(x.dtype).tiny)
             x, missing = x / size, missing / size
-        for name, product in ((("gram", place % 2), x.T @ x), (("cross", place % 2), missing.T @ x)):
+        half = place % 2 if damping is None else 0
+        for name, product in ((("gram", half), x.T @ x), (("cross", half), missing.T @ x)):
             sums[name] = sums[name].add_(product) if name in sums else product.double()
     change = _change(summed(sums), damping)
     width = len(site.kept)
@@ -120,7 +121,7 @@ def _change(sums: Mapping[tuple[str, int], Tensor], damping: float | None) -> Te
     halves = [(sums["gram", half], sums["cross", half]) for half in (0, 1) if ("gram", half) in sums]
     if damping is None and len(halves) == 2:
         return carried(*halves)
-    gram, cross = (torch.stack(part).sum(0) for part in zip(*halves, strict=True))
+    gram, cross = halves[0]
     return solve(gram, cross, FEW if damping is None else damping)
 
 
