@@ -1,33 +1,24 @@
 """A model, its axes and what each factor keeps in, a copy of the model with smaller tensors and fitting attributes out.
 
-Plain ``nn`` layers say their sizes in known attributes. For every other module the evidence is the graph: a literal size that
-changed was executed inside some module's forward, so a whole number with the old value that this module (else one around it)
-keeps is where it came from; so may be one that equals the length of an axis that shrank there. Nothing is taken on trust:
+Plain ``nn`` layers say their sizes in known attributes. For every other module they are guessed, and nothing is taken on trust:
 ``accept`` runs each guess against the reference.
 """
 
 from __future__ import annotations
 
-import re
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
-from functools import cache
-from itertools import combinations, islice
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from graphprune.axes import Axis, Keep
 from graphprune.errors import HiddenSize, first_line, raised_at
 from graphprune.propagate import Axes, source_line
-from graphprune.rewrite.attributes import Attributes, Path, attributes_between, is_plain, numbers, read, write
-from graphprune.rewrite.graph import new_literals
-
-TRIALS = 32
-"""Choices of attributes that are tried for each kind of evidence."""
+from graphprune.rewrite.attributes import Attributes, attributes_between, is_plain, read, write
+from graphprune.rewrite.guess import Choice, Evidence, Options, Outcome, Place, attempted, evidence, lengths, literals, search
 
 LAYER_ATTRIBUTES: Mapping[type[nn.Module], Mapping[str, Callable[[Any], Any]]] = {
     nn.Linear: {"in_features": lambda m: m.weight.shape[1], "out_features": lambda m: m.weight.shape[0]},
@@ -59,37 +50,6 @@ LAYER_ATTRIBUTES: Mapping[type[nn.Module], Mapping[str, Callable[[Any], Any]]] =
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A whole number that a module keeps; ``mark`` is the same for two ways to one place (a configuration that modules share)."""
-
-    module: str
-    path: Path
-    mark: int
-
-    @property
-    def kind(self) -> tuple[str, Path]:
-        """Equal modules of equal layers are decided alike."""
-        return re.sub(r"\d+", "#", self.module), self.path
-
-    def __str__(self) -> str:
-        return ".".join(map(str, (self.module, *self.path))).lstrip(".")
-
-
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """A size that changed inside some module's forward, and the places it may have come from."""
-
-    node: fx.Node
-    before: int
-    after: int
-    places: tuple[Place, ...]
-
-
-Choice = dict[Place, int]
-"""New values of some places."""
-
-
 def copy_cut(model: nn.Module, axes: Axes, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A deep copy of ``model`` over the cut ``tensors``: ties stay ties, what was not cut is copied, the original is untouched."""
     memo: dict[int, Any] = {}
@@ -118,38 +78,42 @@ def emit_module(
     ``accept`` runs a candidate. Raises ModelLimit, naming the model's line that stands in the way, when no choice of attributes
     makes it compute what the reference does.
     """
-    literals = list(_literals(axes, keep))
-    tried: set[frozenset[tuple[Place, int]]] = set()
-    found: list[Evidence] = []
-    failures: list[Exception] = []
-    for more in (_evidence(smaller, literals, inner=True), _evidence(smaller, literals), _evidence(smaller, _lengths(axes, keep))):
-        found += more
-        for choice in _choices(found):
-            key = frozenset(choice.items())
-            if key in tried:
-                continue
-            tried.add(key)
-            emitted = _changed(smaller, choice)
-            try:
-                if accept(emitted):
-                    return emitted, attributes_between(model, emitted)
-            except Exception as error:  # noqa: BLE001  a wrong guess at a size may fail in any way
-                failures = failures or [error]
-    raise _hidden(model, found[: len(literals)], axes, keep, failures)
+    _fit_layers(smaller)
+    found = evidence(smaller, literals(axes, keep))
+    options = Options(found, evidence(smaller, lengths(axes, keep)))
+
+    def attempt(choice: Choice) -> Outcome | None:
+        with _written(smaller, choice):
+            return attempted(smaller, accept) or attempted(_copied(smaller), accept)
+
+    choice, failure = search(options, attempt)
+    if choice is None:
+        raise _hidden(model, found, axes, keep, failure)
+    with _written(smaller, choice):
+        emitted = _copied(smaller)
+    return emitted, attributes_between(model, emitted)
 
 
-def _changed(smaller: nn.Module, choice: Choice) -> nn.Module:
-    """A copy with new attributes over the same tensors: what a copy or a pickle makes of a module is what must be right."""
-    held = {place: read(smaller.get_submodule(place.module), place.path) for place in choice}
+@contextmanager
+def _written(module: nn.Module, choice: Choice) -> Iterator[None]:
+    """New values of some numbers, and then everything as it was, whatever a run has noted down in its modules."""
+    states = [(held, dict(held)) for own in module.modules() for held in (vars(own), own._buffers)]
+    before = {place: read(module.get_submodule(place.module), place.path) for place in choice}
     try:
         for place, value in choice.items():
-            write(smaller.get_submodule(place.module), place.path, value)
-        emitted = deepcopy(smaller, {id(tensor): tensor for tensor in (*smaller.parameters(), *smaller.buffers())})
+            write(module.get_submodule(place.module), place.path, value)
+        yield
     finally:
-        for place, value in held.items():
-            write(smaller.get_submodule(place.module), place.path, value)
-    _fit_layers(emitted)
-    return emitted
+        for place, value in before.items():
+            write(module.get_submodule(place.module), place.path, value)
+        for held, state in states:
+            held.clear()
+            held.update(state)
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A copy over the same tensors: what a copy or a pickle makes of a module is what must be right."""
+    return deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
 
 
 def adopt(smaller: nn.Module, like: nn.Module) -> None:
@@ -179,66 +143,7 @@ def _is_transposed(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.conv._ConvTransposeNd)
 
 
-# ── evidence ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _literals(axes: Axes, keep: Keep) -> Iterator[tuple[fx.Node, int, int]]:
-    """Each literal size that changes."""
-    for node in axes.literals:
-        yield from ((node, before, after) for before, after in new_literals(axes, node, keep) if before != after)
-
-
-def _lengths(axes: Axes, keep: Keep) -> Iterator[tuple[fx.Node, int, int]]:
-    """Each length of an activation that changes."""
-    for node, value in axes.nodes.items():
-        for axis in value or () if node.op == "call_function" else ():
-            if isinstance(axis, Axis) and axis.shrinks(keep):
-                yield node, axis.size, axis.resized(keep)
-
-
-def _evidence(model: nn.Module, changes: Iterable[tuple[fx.Node, int, int]], inner: bool = False) -> list[Evidence]:
-    """Where each changed size may have come from: the modules on its stack, or the innermost of them, that keep the old value."""
-    kept = cache(lambda name: _kept(model, name))
-    first: dict[int, Place] = {}
-    found = []
-    for node, before, after in changes:
-        held = [kept(name).get(before, ()) for name in _stack(node)]
-        held = [places for places in held if places]
-        places = dict.fromkeys(first.setdefault(place.mark, place) for row in (held[:1] if inner else held) for place in row)
-        found.append(Evidence(node, before, after, tuple(places)))
-    return found
-
-
-def _stack(node: fx.Node) -> list[str]:
-    """The modules whose forward was running, innermost first."""
-    return [name for name, _ in reversed((node.meta.get("nn_module_stack") or {}).values())]
-
-
-def _kept(model: nn.Module, name: str) -> dict[int, list[Place]]:
-    """The places of a module by what they hold."""
-    found: dict[int, list[Place]] = defaultdict(list)
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        return found
-    for path, value, mark in numbers(module):
-        found[value].append(Place(name, path, mark))
-    return found
-
-
-def _choices(evidence: Sequence[Evidence]) -> Iterator[Choice]:
-    """Assignments of places: everything that may have changed first, then without some of it, the fewest first."""
-    change: Choice = {}
-    for item in evidence:
-        for place in item.places:
-            change.setdefault(place, item.after)
-    kinds = sorted({place.kind for place in change}, key=str)
-    dropped = (drop for count in range(len(kinds) + 1) for drop in combinations(kinds, count))
-    for drop in islice(dropped, TRIALS):
-        yield {place: value for place, value in change.items() if place.kind not in drop}
-
-
-def _hidden(model: nn.Module, evidence: Sequence[Evidence], axes: Axes, keep: Keep, failures: Sequence[Exception]) -> HiddenSize:
+def _hidden(model: nn.Module, evidence: Sequence[Evidence], axes: Axes, keep: Keep, failure: Outcome) -> HiddenSize:
     """The line that stands in the way: where two want different values of one attribute, or where the best guess fails."""
     wanted: dict[Place, Evidence] = {}
     clash = next((i for i in evidence for place in i.places if wanted.setdefault(place, i).after != i.after), None)
@@ -246,11 +151,11 @@ def _hidden(model: nn.Module, evidence: Sequence[Evidence], axes: Axes, keep: Ke
         place = next(place for place in clash.places if wanted[place].after != clash.after)
         where, other = source_line(clash.node), wanted[place]
         why = f"{place} would have to be {clash.after} there and {other.after} at {source_line(other.node)}"
-    elif failures:
-        where = raised_at(failures[0], _files(model)) or _first_cut(axes, keep)
+    elif failure.error is not None:
+        where = raised_at(failure.error, _files(model)) or _first_cut(axes, keep)
         line = where.partition("  ")[0]
         lost = next((item for item in evidence if not item.places and source_line(item.node).startswith(f"{line} ")), None)
-        why = f"{type(failures[0]).__name__}: {first_line(failures[0])}"
+        why = f"{type(failure.error).__name__}: {first_line(failure.error)}"
         if lost is not None:
             why = f"{lost.before} must become {lost.after} there, and no attribute holds it"
     else:

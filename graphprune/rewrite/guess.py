@@ -1,0 +1,221 @@
+"""A module and the sizes that changed in its graph in, the whole numbers it keeps that must change with them out.
+
+The evidence is the graph: a literal size that changed was executed inside some module's forward, so a whole number with the old
+value that this module (else one around it) keeps is where it came from; so may be one that equals the length of an axis that
+shrank there. Which of them it was is tried. A run that fails says where: the next guess is about a number of the modules that
+were running, the innermost first, and of two guesses the one whose run gets further is built upon.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from heapq import heappop, heappush
+from itertools import count
+from typing import Any
+
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
+
+from graphprune.axes import Axis, Keep
+from graphprune.propagate import Axes
+from graphprune.rewrite.attributes import Path, numbers
+from graphprune.rewrite.graph import new_literals
+
+TRIALS = 64
+"""Guesses that are tried; most fail on the first shape that does not fit."""
+STUCK = 16
+"""Guesses in a row that get no further before the search ends."""
+
+Kind = tuple[str, Path]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A whole number that a module keeps; ``mark`` is the same for two ways to one place (a configuration that modules share)."""
+
+    module: str
+    path: Path
+    mark: int
+
+    @property
+    def kind(self) -> Kind:
+        """Equal modules of equal layers are decided alike."""
+        return re.sub(r"\d+", "#", self.module), self.path
+
+    def __str__(self) -> str:
+        return ".".join(map(str, (self.module, *self.path))).lstrip(".")
+
+
+Choice = dict[Place, int]
+"""New values of some places."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """A size that changed inside some module's forward, and the places it may have come from, module by module."""
+
+    node: fx.Node
+    before: int
+    after: int
+    rows: tuple[tuple[Place, ...], ...]
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """All of them, the innermost first."""
+        return tuple(place for row in self.rows for place in row)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a run: how many operations it got through, and where it failed, if it did."""
+
+    steps: int
+    error: Exception | None = None
+    running: tuple[str, ...] = ()
+
+
+def evidence(model: nn.Module, changes: Iterable[tuple[fx.Node, int, int]]) -> list[Evidence]:
+    """Where each changed size may have come from: the modules on its stack that keep the old value."""
+    kept = cache(lambda name: _kept(model, name))
+    first: dict[int, Place] = {}
+    found = []
+    for node, before, after in changes:
+        rows = [[first.setdefault(place.mark, place) for place in kept(name).get(before, ())] for name in _stack(node)]
+        found.append(Evidence(node, before, after, tuple(tuple(dict.fromkeys(row)) for row in rows if row)))
+    return found
+
+
+def literals(axes: Axes, keep: Keep) -> Iterator[tuple[fx.Node, int, int]]:
+    """Each literal size that changes."""
+    for node in axes.literals:
+        yield from ((node, before, after) for before, after in new_literals(axes, node, keep) if before != after)
+
+
+def lengths(axes: Axes, keep: Keep) -> Iterator[tuple[fx.Node, int, int]]:
+    """Each length of an activation that changes."""
+    for node, value in axes.nodes.items():
+        for axis in value or () if node.op == "call_function" else ():
+            if isinstance(axis, Axis) and axis.shrinks(keep):
+                yield node, axis.size, axis.resized(keep)
+
+
+def _stack(node: fx.Node) -> list[str]:
+    """The modules whose forward was running, innermost first."""
+    return [name for name, _ in reversed((node.meta.get("nn_module_stack") or {}).values())]
+
+
+def _kept(model: nn.Module, name: str) -> dict[int, list[Place]]:
+    """The places of a module by what they hold."""
+    found: dict[int, list[Place]] = defaultdict(list)
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return found
+    for path, value, mark in numbers(module):
+        found[value].append(Place(name, path, mark))
+    return found
+
+
+# ── the search ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Options:
+    """For each kind of place, the values that its places may take: what the evidence says first, then what else it says."""
+
+    def __init__(self, found: Sequence[Evidence], less: Sequence[Evidence]) -> None:
+        values: dict[Place, dict[int, None]] = defaultdict(dict)
+        for item in [*found, *less]:
+            for place in item.places:
+                values[place][item.after] = None
+        self.kinds: dict[Kind, list[tuple[Place, tuple[int, ...]]]] = defaultdict(list)
+        for place, afters in values.items():
+            self.kinds[place.kind].append((place, tuple(afters)))
+        self.likely = {place.kind: 0 for item in found for row in item.rows[:1] for place in row}
+
+    def choice(self, picked: Mapping[Kind, int]) -> Choice:
+        """The values of a guess: of each picked kind, the alternative of that number."""
+        return {
+            place: afters[min(number, len(afters) - 1)] for kind, number in picked.items() for place, afters in self.kinds[kind]
+        }
+
+    def next(self, picked: Mapping[Kind, int], running: Sequence[str]) -> Iterator[dict[Kind, int] | None]:
+        """Guesses that differ in one kind: those of the modules that were running, then nothing, then the others."""
+        near = [re.sub(r"\d+", "#", name) for name in running]
+        rank = {name: place for place, name in reversed(list(enumerate(near)))}
+        close = sorted((kind for kind in self.kinds if kind[0] in rank), key=lambda kind: rank[kind[0]])
+        yield from (guess for kind in close for guess in self._other(picked, kind))
+        yield None
+        yield from (guess for kind in self.kinds if kind[0] not in rank for guess in self._other(picked, kind))
+
+    def _other(self, picked: Mapping[Kind, int], kind: Kind) -> Iterator[dict[Kind, int]]:
+        others = {other: number for other, number in picked.items() if other != kind}
+        if kind in picked:
+            yield others
+        for number in range(max(len(afters) for _, afters in self.kinds[kind])):
+            if number != picked.get(kind):
+                yield others | {kind: number}
+
+
+def search(options: Options, attempt: Callable[[Choice], Outcome | None]) -> tuple[Choice | None, Outcome]:
+    """The first choice whose attempt gives no outcome to complain of, else the outcome of the one that got furthest."""
+    order = count()
+    seen: set[frozenset[tuple[Kind, int]]] = set()
+    here, best, since = Outcome(-1), Outcome(-1), 0
+    guesses: Iterator[dict[Kind, int] | None] = iter([options.likely])
+    ends = [(-here.steps, next(order), here, guesses)]
+    while ends:
+        _, _, here, guesses = heappop(ends)
+        for picked in guesses:
+            if picked is None and ends and -ends[0][0] > here.steps:
+                heappush(ends, (-here.steps, next(order), here, guesses))
+                break
+            if picked is None or (key := frozenset(picked.items())) in seen:
+                continue
+            seen.add(key)
+            outcome = attempt(options.choice(picked))
+            if outcome is None:
+                return options.choice(picked), best
+            best, since = (outcome, 0) if outcome.steps > best.steps else (best, since + 1)
+            if since == STUCK or len(seen) == TRIALS:
+                return None, best
+            heappush(ends, (-outcome.steps, next(order), outcome, options.next(picked, outcome.running)))
+    return None, best
+
+
+class Steps(TorchFunctionMode):
+    """Counts the operations that a run gets through."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The operation itself, counted once it is done."""
+        result = func(*args, **kwargs or {})
+        self.count += 1
+        return result
+
+
+def attempted(model: nn.Module, accept: Callable[[nn.Module], bool]) -> Outcome | None:
+    """Run ``accept``: nothing where it is content, else how far it got."""
+    steps = Steps()
+    try:
+        with steps:
+            return None if accept(model) else Outcome(steps.count)
+    except Exception as error:  # noqa: BLE001  a wrong guess at a size may fail in any way
+        return Outcome(steps.count, error, tuple(_running(model, error)))
+
+
+def _running(model: nn.Module, error: Exception) -> Iterator[str]:
+    """The modules at hand where an error was raised, the innermost first."""
+    names = {id(module): name for name, module in model.named_modules()}
+    frames = []
+    trace = error.__traceback__
+    while trace is not None:
+        frames.append(trace.tb_frame)
+        trace = trace.tb_next
+    for frame in reversed(frames):
+        yield from (names[id(held)] for held in frame.f_locals.values() if isinstance(held, nn.Module) and id(held) in names)
