@@ -184,6 +184,25 @@ def _listening(block: Block) -> Iterator[list[Place]]:
             vars(block.inner[path]).setdefault(name, value)
 
 
+@contextmanager
+def unwritten() -> Iterator[None]:
+    """A graph on the way to the traced one is hardly ever run: its Python is written when it is."""
+    write: Any = fx.GraphModule.recompile
+
+    def later(module: Any) -> None:
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            write(self)
+            return self(*args, **kwargs)
+
+        type(module).forward = forward
+
+    fx.GraphModule.recompile = later  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        fx.GraphModule.recompile = write  # type: ignore[method-assign]
+
+
 # ── writing the blocks out ───────────────────────────────────────────────────────────────────────────────────────────
 
 

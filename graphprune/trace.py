@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from graphprune.errors import ModelLimit, first_line
 from graphprune.known import Known, agrees, casts_that_do_nothing
-from graphprune.repeat import Repeats, write_out
+from graphprune.repeat import Repeats, unwritten, write_out
 from graphprune.slices import as_slices
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -113,14 +113,15 @@ def _repeated(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     repeats = Repeats(model, marked=True)
     if not repeats.families:
         return None
-    try:
-        with repeats.watching():
-            program = _export(model, args, kwargs, dynamic=False)
-    except ModelLimit:
-        return None
-    tensors = _tensors(program, model)[0]
-    names = {holder: tensor.name for holder, tensor in tensors.items() if tensor.kind != "constant"}
-    flat = write_out(inline(program.graph_module), names, repeats)
+    with unwritten():
+        try:
+            with repeats.watching():
+                program = _export(model, args, kwargs, dynamic=False)
+        except ModelLimit:
+            return None
+        tensors = _tensors(program, model)[0]
+        names = {holder: tensor.name for holder, tensor in tensors.items() if tensor.kind != "constant"}
+        flat = write_out(inline(program.graph_module), names, repeats)
     return None if flat is None else _as_trace(model, program, flat, args, kwargs)
 
 
