@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from heapq import heappop, heappush
-from itertools import count
+from itertools import chain, count
 from typing import Any
 
 from torch import fx, nn
@@ -143,13 +143,14 @@ class Options:
         }
 
     def next(self, picked: Mapping[Kind, int], running: Sequence[str]) -> Iterator[dict[Kind, int] | None]:
-        """Guesses that differ in one kind: those of the modules that were running, then nothing, then the others."""
-        near = [re.sub(r"\d+", "#", name) for name in running]
-        rank = {name: place for place, name in reversed(list(enumerate(near)))}
-        close = sorted((kind for kind in self.kinds if kind[0] in rank), key=lambda kind: rank[kind[0]])
-        yield from (guess for kind in close for guess in self._other(picked, kind))
-        yield None
-        yield from (guess for kind in self.kinds if kind[0] not in rank for guess in self._other(picked, kind))
+        """Guesses that differ in one kind: those of each module that was running, then the others; nothing between two modules."""
+        near = list(dict.fromkeys(re.sub(r"\d+", "#", name) for name in running))
+        rows: dict[str, list[Kind]] = defaultdict(list)
+        for kind in self.kinds:
+            rows[kind[0]].append(kind)
+        for row in [*(rows.pop(name, ()) for name in near), chain.from_iterable(rows.values())]:
+            yield from (guess for kind in row for guess in self._other(picked, kind))
+            yield None
 
     def _other(self, picked: Mapping[Kind, int], kind: Kind) -> Iterator[dict[Kind, int]]:
         others = {other: number for other, number in picked.items() if other != kind}
