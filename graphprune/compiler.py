@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,13 +21,14 @@ from graphprune.errors import GraphpruneError, HiddenSize, ModelLimit, UserMista
 from graphprune.execute import execute, tensors_of
 from graphprune.facts import Emission, Example, Notes, Pruned
 from graphprune.groups import Groups, couple
+from graphprune.hidden import visible
 from graphprune.pieces import WHOLE, Layers, pieces
 from graphprune.pipeline import Facts, Pass, Progress, find_pass, run
 from graphprune.plan import Plan
 from graphprune.propagate import Axes, propagate
 from graphprune.rewrite.graph import PrunedGraph, Smaller, smaller
 from graphprune.rewrite.module import copy_cut, emit_module, over
-from graphprune.rewrite.stock import expressible, stock_config
+from graphprune.rewrite.stock import expressible, obviously_expressible, stock_config
 from graphprune.select import Budget, allowed_kinds, for_kind, select
 from graphprune.source import guess_inputs
 from graphprune.trace import Inputs, Trace, trace
@@ -108,33 +110,35 @@ def compile(  # noqa: A001  the product's own verb
     given[Budget] = budget
     scorer = find_pass(default.method, **seeded(default.method, options or {}, seed))
     stages = whole_pieces(scorer, kinds or ()) if whole else pipeline(scorer)
-    facts = _with_fewer_kinds(with_extras(stages, [find_pass(extra) for extra in (*default.passes, *passes)]), given, progress)
+    facts = _without_hidden(with_extras(stages, [find_pass(extra) for extra in (*default.passes, *passes)]), given, progress)
     pruned: Pruned = facts[Pruned]
     return Result(pruned.model, facts[Plan], facts[Groups], pruned, tuple(notes), facts)
 
 
-def _with_fewer_kinds(stages: Sequence[Pass], given: Facts, progress: Progress | None) -> Facts:
-    """Run the stages. Where the model's code hides a size of one of the kinds that nobody asked for, once more without it."""
+def _without_hidden(stages: Sequence[Pass], given: Facts, progress: Progress | None) -> Facts:
+    """Run the stages. Where the model's code hides a size of some groups that nobody asked for, once more without them."""
     try:
         return run(stages, given, progress)
     except HiddenSize as limit:
-        budget, notes = given[Budget], given[Notes]
+        model, example, budget, notes = given[nn.Module], given[Example], given[Budget], given[Notes]
         if budget.kinds is not None:
             raise
-        present = allowed_kinds(couple(propagate(traced(given[nn.Module], given[Example], given[Emission]))), None)
-        for spared in sorted(present, key=SPARED.index) if len(present) > 1 else ():
-            rest = tuple(kind for kind in present if kind != spared)
-            try:
-                facts = run(stages, {**given, Budget: replace(budget, kinds=rest)}, progress)
-            except ModelLimit:
-                continue
-            notes.lines.append(f'{spared} groups are left alone, emit="graph" would cut them: {limit.what}, {limit.at}')
-            return facts
-        raise
+        groups = narrow(model, couple(propagate(traced(model, example, given[Emission]))), budget, given[Emission], Notes([]))
+        free = replace(groups, groups=tuple(group for group in groups if not group.touches(budget.protect)))
+        fine, obstacles = visible(model, free, example, budget.alike)
+        names = {group.name for group in fine}
+        if not fine or len(fine) == len(free):
+            raise
 
+        def without(groups: Groups) -> Groups:
+            return replace(groups, groups=tuple(group for group in groups if group.name in names))
 
-SPARED = ("query", "qk_width", "value_width", "head", "hidden", "expert", "channel", "ffn")
-"""Which kind is left alone first where the code hides a size: what is most often computed from others."""
+        facts = run(with_extras(stages, [Pass(without)]), given, progress)
+        spared = Counter(group.kind for group in free if group.name not in names)
+        left = ", ".join(f"{count} {kind} groups" for kind, count in spared.items())
+        why = obstacles[0] if obstacles else limit
+        notes.lines.append(f'{left} are left alone, emit="graph" would cut them: {why.what}, {why.at}')
+        return facts
 
 
 def pipeline(scorer: Pass) -> list[Pass]:
@@ -199,7 +203,9 @@ def stock_steps(model: nn.Module, groups: Groups, budget: Budget, emission: Emis
     steps = {}
     for kind in groups.kinds:
         asked = for_kind(budget.round_to, kind)
-        step = next((step for step in _steps(groups, kind, asked) if not _refused(model, groups, kind, step, budget)), asked)
+        tried = _steps(groups, kind, asked)
+        clear = (step for step in tried if obviously_expressible(model, groups.axes, _one_less(groups, kind, step, budget)))
+        step = next(clear, 0) or next((step for step in tried if not _refused(model, groups, kind, step, budget)), asked)
         if step > 1 or isinstance(budget.round_to, int):
             steps[kind] = step
     return replace(budget, round_to=steps)
@@ -224,12 +230,17 @@ def _not_stock(model: PreTrainedModel, groups: Groups, kind: str, budget: Budget
 
 def _refused(model: PreTrainedModel, groups: Groups, kind: str, step: int, budget: Budget) -> str | None:
     """Why no config expresses all groups of a kind one step smaller."""
-    free = [group for group in groups if group.kind == kind and not group.touches(budget.protect) and group.size > step]
     try:
-        expressible(model, groups.axes, {group.factor: range(group.size - step) for group in free})
+        expressible(model, groups.axes, _one_less(groups, kind, step, budget))
     except ModelLimit as limit:
         return limit.what
     return None
+
+
+def _one_less(groups: Groups, kind: str, step: int, budget: Budget) -> Keep:
+    """All groups of a kind one step smaller."""
+    free = [group for group in groups if group.kind == kind and not group.touches(budget.protect) and group.size > step]
+    return {group.factor: range(group.size - step) for group in free}
 
 
 def rewrite(model: nn.Module, groups: Groups, plan: Plan, example: Example, emission: Emission) -> Pruned:

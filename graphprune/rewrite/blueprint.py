@@ -30,8 +30,13 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 def build_meta(cls: type[Model], config: PreTrainedConfig) -> Model:
     """``cls`` built from a copy of ``config`` on the meta device: names, shapes, dtypes and ties, no memory."""
+    return _built(cls, deepcopy(config))
+
+
+def _built(cls: type[Model], config: PreTrainedConfig) -> Model:
+    """The same from the config itself, which the model may change."""
     with _quiet(), torch.device("meta"), no_init_weights():
-        model: Model = cls._from_config(deepcopy(config))  # type: ignore[no-untyped-call]
+        model: Model = cls._from_config(config)  # type: ignore[no-untyped-call]
         model.tie_weights()
     return model
 
@@ -51,7 +56,7 @@ class Blueprint:
     def __post_init__(self) -> None:
         config = self.config({})
         with _listening(config) as self.asked:
-            self.sizes = _sizes(build_meta(self.cls, config))
+            self.sizes = _sizes(_built(self.cls, config))
 
     def settings(self) -> dict[str, Any]:
         """A fresh copy of the config as data."""
@@ -72,7 +77,7 @@ class Blueprint:
         if key not in self._memo:
             try:
                 config = self._reload(changes) if through_file else self.config(changes)
-                self._memo[key] = self._difference(_sizes(build_meta(self.cls, config)))
+                self._memo[key] = self._difference(_sizes(_built(self.cls, config)))
             except Exception as error:  # noqa: BLE001  a constructor may raise anything; its words are kept
                 self._memo[key], self.refusals[key] = None, _last_line(error)
         return self._memo[key]
@@ -173,6 +178,9 @@ def _listening(config: PreTrainedConfig) -> Iterator[list[Path]]:
 def _quiet() -> Iterator[None]:
     """Trial builds say nothing."""
     level = logging.get_verbosity()
+    if level == CRITICAL:
+        yield
+        return
     logging.set_verbosity(CRITICAL)
     try:
         with warnings.catch_warnings():

@@ -10,18 +10,19 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain, islice
+from itertools import chain, combinations, islice
 
 import networkx as nx
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from graphprune.errors import ModelLimit, UserMistake, nearest
-from graphprune.rewrite.blueprint import Blueprint, Changes, Dim, Path, Sizes, dims
-from graphprune.rewrite.probe import Field, Probe, probe
+from graphprune.rewrite.blueprint import Blueprint, Changes, Dim, Path, Sizes, dims, is_number, leaves
+from graphprune.rewrite.probe import Field, Probe, described, probe
 
 Choice = tuple[int, Changes]  # new values, and how many fields that changes (one that no hint names counts thrice)
 
 LIMIT = 256  # assignments tried before giving up
+OBVIOUS = 32  # fields that are tried as they stand, and answers that these may give
 APART = "keep this size whole, or save with per-layer sizes"
 ALIKE = "let the layers shrink alike, or save with per-layer sizes"
 VALID = "choose numbers that the config accepts, or save with per-layer sizes"
@@ -36,16 +37,46 @@ def candidates(
     ``numbers`` maps an old number to its possible new ones: hints, and the only values for fields that move no shape.
     Raises ModelLimit, with the dimension in the way, when there is no such config.
     """
-    found = probe(model)
-    search = Search(found, _goal(found.blueprint.sizes, shapes), numbers)
-    if obstacle := search.obstacle(certain=True):
+    tried: list[Changes] = []
+    whole = described(model)[0]
+    for changes in islice(obvious(model, shapes, numbers), OBVIOUS):
+        tried.append(changes)
+        yield whole.config(changes, like=model.config)
+    goal = _goal(whole.sizes, shapes)
+    search = Search(probe(model), goal, numbers)
+    if not tried and (obstacle := search.obstacle(certain=True)):
         raise obstacle
-    reached = False
     for changes in search.reached():
-        reached = True
-        yield found.blueprint.config(changes, like=model.config)
-    if not reached:
+        if changes not in tried:
+            tried.append(changes)
+            yield whole.config(changes, like=model.config)
+    if not tried:
         raise search.obstacle(certain=False) or search.exhausted()
+
+
+def obvious(
+    model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], numbers: Mapping[int, Sequence[int]]
+) -> Iterator[Changes]:
+    """Changes that reach ``shapes`` by giving fields which hold a changed size what that becomes, fewest first.
+
+    They are looked for on two layers where those stand for all, and then tried on all of them.
+    """
+    whole, few = described(model)
+    goal = _goal(whole.sizes, shapes)
+    near = goal if few is None else few.goal(goal)
+    if near is None:
+        return
+    search, proof = Search(Probe(few.blueprint if few else whole, ()), near, numbers), Search(Probe(whole, ()), goal, numbers)
+    held = [(path, value) for path, value in leaves(search.blueprint.settings()) if isinstance(value, int) and is_number(value)]
+    steps = [(path, new) for old in numbers for path, value in held if value == old for new in numbers[old]]
+    wrong = search.missed({}) or set()
+    left = {step: search.missed(dict([step])) for step in steps[:OBVIOUS] if few is None or step[0] not in few.changes}
+    useful = {step: missed or set() for step, missed in left.items() if missed is None or missed <= wrong}
+    for chosen in chain.from_iterable(combinations(useful, count) for count in range(1, len(useful) + 1)):
+        changes: Changes = dict(chosen)
+        once = len(changes) == len(chosen) and not set.intersection(*(useful[step] for step in chosen))
+        if once and search.reaches(changes) and proof.missed(changes, through_file=True) == set():
+            yield changes
 
 
 def fit(
@@ -79,9 +110,13 @@ class Search:
         """Changes that reach the goal and survive a file: of hinted values first, then with guessed ones."""
         tried: list[Changes] = []
         for changes in chain(self.assignments(guess=False), self.assignments(guess=True)):
-            if changes not in tried and self.missed(changes) == self.missed(changes, through_file=True) == set():
+            if changes not in tried and self.reaches(changes):
                 yield changes
             tried.append(changes)
+
+    def reaches(self, changes: Changes) -> bool:
+        """Whether these changes leave nothing wrong, and survive a file."""
+        return self.missed(changes) == set() == self.missed(changes, through_file=True)
 
     def assignments(self, *, guess: bool) -> Iterator[Changes]:
         """Changes that solve every part, cheapest first."""

@@ -44,15 +44,46 @@ class Probe:
         return tuple(found for found in self.fields if (name, dim) in found.moves)
 
 
+@dataclass(frozen=True, slots=True)
+class Few:
+    """The first two layers of a stack, ``changes`` of the config away from all: ``twins`` says which of them each layer is like."""
+
+    blueprint: Blueprint
+    changes: Changes
+    stack: str
+    twins: Sequence[int]
+
+    def seen(self, dim: Dim) -> Dim:
+        """The dimension of one of the first two layers that stands for this one."""
+        layer = _layer(dim, self.stack)
+        return dim if layer is None else (f"{self.stack}.{self.twins[layer]}{dim[0][len(f'{self.stack}.{layer}') :]}", dim[1])
+
+    def goal(self, whole: Sizes) -> Sizes | None:
+        """The part of a goal that two layers have; None where other layers want something else."""
+        alike = all(whole.get(self.seen(dim)) == size for dim, size in whole.items())
+        return {dim: size for dim, size in whole.items() if dim in self.blueprint.sizes} if alike else None
+
+
 def probe(model: PreTrainedModel) -> Probe:
     """Which number in the config moves which dimension: seen on two layers where all respond alike, else seen on all."""
-    key: Any = type(model), type(model.config), as_text(model.config)
+    described(model)
+    key = _key(model)
+    return _guess(*key) or _survey(*key)
+
+
+def described(model: PreTrainedModel) -> tuple[Blueprint, Few | None]:
+    """The blueprint of a model's config, and of two layers in place of all. Raises ModelLimit where the model looks different."""
+    key = _key(model)
     blueprint = _blueprint(*key)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if not dims(name, tensor.shape).items() <= blueprint.sizes.items():
             why = f"a {type(model).__name__} of its config has no such tensor of shape {tuple(tensor.shape)}"
             raise ModelLimit("the config does not describe the model", at=name, why=why)
-    return _guess(*key) or _survey(*key)
+    return blueprint, _few(*key)
+
+
+def _key(model: PreTrainedModel) -> Any:
+    return type(model), type(model.config), as_text(model.config)
 
 
 @lru_cache(maxsize=32)
@@ -61,11 +92,8 @@ def _blueprint(cls: type[PreTrainedModel], config_cls: type[PreTrainedConfig], t
 
 
 @lru_cache(maxsize=16)
-def _guess(cls: Any, config_cls: Any, text: str) -> Probe | None:
-    """A survey of the first two layers, said of all; None where there are few, or others look or respond differently.
-
-    That all respond alike is seen on the whole model, with every number that moves a size doubled.
-    """
+def _few(cls: Any, config_cls: Any, text: str) -> Few | None:
+    """The first two layers in place of all; None where there are few, several stacks, or layers that look different."""
     blueprint = _blueprint(cls, config_cls, text)
     stacks = {stack: depth for stack, depth in depths(blueprint.sizes).items() if depth >= DEEP}
     if len(stacks) != 1:
@@ -82,47 +110,53 @@ def _guess(cls: Any, config_cls: Any, text: str) -> Probe | None:
         except Exception:  # noqa: BLE001  a constructor may raise anything; this depth is not to be had so
             continue
         if small.sizes == wanted and _numbered(small) == _numbered(blueprint):
-            survey = _survey(cls, config_cls, small.text)
-            moving = {found.path: 2 * found.value for found in survey.fields if found.moves and found.path not in changes}
-            whole, few = blueprint.response(moving), small.response(moving)
-            same = whole is not None and few is not None and whole == _everywhere(blueprint, few, stack, twins)
-            return _said_of_all(blueprint, survey, changes, stack, twins) if same else None
+            return Few(small, changes, stack, twins)
     return None
 
 
-def _everywhere(blueprint: Blueprint, few: Sizes, stack: str, twins: Sequence[int]) -> Sizes:
+@lru_cache(maxsize=16)
+def _guess(cls: Any, config_cls: Any, text: str) -> Probe | None:
+    """A survey of the first two layers, said of all; None where others respond differently.
+
+    That all respond alike is seen on the whole model, with every number that moves a size doubled.
+    """
+    whole, few = _blueprint(cls, config_cls, text), _few(cls, config_cls, text)
+    if few is None:
+        return None
+    survey = _survey(cls, config_cls, few.blueprint.text)
+    moving = {found.path: 2 * found.value for found in survey.fields if found.moves and found.path not in few.changes}
+    all_of_them, two = whole.response(moving), few.blueprint.response(moving)
+    same = all_of_them is not None and two is not None and all_of_them == _everywhere(whole, two, few)
+    return _said_of_all(whole, survey, few) if same else None
+
+
+def _everywhere(whole: Blueprint, two: Sizes, few: Few) -> Sizes:
     """Sizes of two layers as those of all of them."""
-    return {dim: few[seen] for dim in blueprint.sizes if (seen := _seen(dim, stack, twins)) in few}
+    return {dim: two[seen] for dim in whole.sizes if (seen := few.seen(dim)) in two}
 
 
 def _numbered(blueprint: Blueprint) -> list[Path]:
     return [path for path, value in leaves(blueprint.settings()) if is_number(value)]
 
 
-def _said_of_all(blueprint: Blueprint, small: Probe, changes: Changes, stack: str, twins: Sequence[int]) -> Probe:
+def _said_of_all(whole: Blueprint, survey: Probe, few: Few) -> Probe:
     """The fields seen on two layers, each moving in every layer what it moves in the layer's twin."""
-    settings = blueprint.settings()
+    settings = whole.settings()
     fields = []
-    for found in small.fields:
-        if found.path in changes:
+    for found in survey.fields:
+        if found.path in few.changes:
             value = lookup(settings, found.path)
-            fields.append(Field(found.path, value, found.unset, _slopes(blueprint, found.path, value, [{}])))
+            fields.append(Field(found.path, value, found.unset, _slopes(whole, found.path, value, [{}])))
             continue
-        moves = {dim: found.moves[seen] for dim in blueprint.sizes if (seen := _seen(dim, stack, twins)) in found.moves}
-        new = {dim: slope for dim, slope in found.moves.items() if dim not in small.blueprint.sizes}
+        moves = {dim: found.moves[seen] for dim in whole.sizes if (seen := few.seen(dim)) in found.moves}
+        new = {dim: slope for dim, slope in found.moves.items() if dim not in few.blueprint.sizes}
         fields.append(replace(found, moves=moves | new))
-    return Probe(blueprint, tuple(fields))
+    return Probe(whole, tuple(fields))
 
 
 def _layer(dim: Dim, stack: str) -> int | None:
     match = re.match(rf"{re.escape(stack)}\.(\d+)\.", dim[0])
     return int(match[1]) if match else None
-
-
-def _seen(dim: Dim, stack: str, twins: Sequence[int]) -> Dim:
-    """The dimension of one of the first two layers that stands for this one."""
-    layer = _layer(dim, stack)
-    return dim if layer is None else (f"{stack}.{twins[layer]}{dim[0][len(f'{stack}.{layer}') :]}", dim[1])
 
 
 def _twins(sizes: Sizes, stack: str, depth: int) -> list[int]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from graphprune.axes import Axis, Keep
 from graphprune.propagate import Axes
 from graphprune.rewrite.blueprint import build_meta
-from graphprune.rewrite.config import candidates, fit
+from graphprune.rewrite.config import candidates, fit, obvious
 from graphprune.rewrite.module import adopt
 
 
@@ -28,11 +28,11 @@ def shapes_after(axes: Axes, keep: Keep) -> dict[str, tuple[int, ...]]:
 def numbers(axes: Axes, keep: Keep) -> dict[int, list[int]]:
     """What sizes anywhere in the graph become: hints for config fields that move no shape (a count of heads)."""
     found: dict[int, set[int]] = defaultdict(set)
+    for factor, kept in keep.items():
+        found[factor.size].add(len(kept))
     for axis in {id(axis): axis for axis in _axes(axes)}.values():
         if axis.shrinks(keep):
             found[axis.size].add(axis.resized(keep))
-    for factor, kept in keep.items():
-        found[factor.size].add(len(kept))
     return {old: sorted(new) for old, new in found.items()}
 
 
@@ -59,6 +59,11 @@ def stock_config(
 def expressible(model: PreTrainedModel, axes: Axes, keep: Keep) -> None:
     """Raise ModelLimit, with the reason, when no config field can express these sizes. Runs nothing, needs no weights."""
     next(candidates(model, shapes_after(axes, keep), numbers(axes, keep)))
+
+
+def obviously_expressible(model: PreTrainedModel, axes: Axes, keep: Keep) -> bool:
+    """Whether fields that hold the sizes which change express the new ones: a quick yes, or an answer yet to be found."""
+    return next(obvious(model, shapes_after(axes, keep), numbers(axes, keep)), None) is not None
 
 
 def saved_shapes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
