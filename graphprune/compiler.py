@@ -126,15 +126,15 @@ def _without_hidden(stages: Sequence[Pass], given: Facts, progress: Progress | N
         groups = narrow(model, couple(propagate(traced(model, example, given[Emission]))), budget, given[Emission], Notes([]))
         free = replace(groups, groups=tuple(group for group in groups if not group.touches(budget.protect)))
         fine, obstacles = visible(model, free, example, budget.alike)
-        names = {group.name for group in fine}
-        if not fine or len(fine) == len(free):
+        hidden = {group.name for group in free} - {group.name for group in fine}
+        if not fine or not hidden:
             raise
 
         def without(groups: Groups) -> Groups:
-            return replace(groups, groups=tuple(group for group in groups if group.name in names))
+            return replace(groups, groups=tuple(group for group in groups if group.name not in hidden))
 
         facts = run(with_extras(stages, [Pass(without)]), given, progress)
-        spared = Counter(group.kind for group in free if group.name not in names)
+        spared = Counter(group.kind for group in free if group.name in hidden)
         left = ", ".join(f"{count} {kind} groups" for kind, count in spared.items())
         why = obstacles[0] if obstacles else limit
         notes.lines.append(f'{left} are left alone, emit="graph" would cut them: {why.what}, {why.at}')

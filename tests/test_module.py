@@ -268,6 +268,27 @@ def test_a_kind_that_the_code_hides_is_left_alone_unless_it_is_asked_for() -> No
     model, x = FourHeads().eval(), torch.randn(2, 5, 32)
     result = graphprune.compile(model, x, keep=0.7)
     assert {cut.kind for cut in result.plan.cuts} == {"ffn"}
-    assert any("head groups are left alone" in note for note in result.notes)
+    assert any("1 head groups" in note and "left alone" in note for note in result.notes)
     with pytest.raises(graphprune.errors.HiddenSize, match="hides a size"):
         graphprune.compile(model, x, keep=0.7, kinds=["head"])
+
+
+class Adapted(nn.Module):
+    """Two linear layers with low-rank adapters, whose strength the code divides by their rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.out = nn.Linear(12, 40), nn.Linear(40, 12), nn.Linear(12, 3)
+        self.a, self.b = nn.Parameter(torch.randn(4, 12)), nn.Parameter(torch.randn(40, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = self.up(x) + nn.functional.linear(nn.functional.linear(x, self.a), self.b) * (8 / self.a.shape[0])
+        return self.out(x + self.down(inner.relu()))
+
+
+def test_of_one_kind_only_the_groups_that_the_code_hides_are_left_alone() -> None:
+    result = graphprune.compile(sharpened(Adapted()), torch.randn(2, 12), keep=0.7)
+    assert [cut.size for cut in result.plan.cuts] == [40]
+    smaller: Any = result.model
+    assert smaller.up.out_features == smaller.b.shape[0] < 40
+    assert smaller.a.shape == (4, 12)
