@@ -25,6 +25,9 @@ Edit = Callable[[fx.Node, fx.Node, Any], Any]
 See = Callable[[fx.Node, Any], None]
 """``see(node, value)``: looks at the value of every node as it appears."""
 
+Calls = dict[fx.Node, tuple[tuple[Any, ...], dict[str, Any]]]
+"""The arguments of each node, literal dtypes and devices replaced, for all walks that are alike in this."""
+
 STRETCH = 64 << 20
 """Bytes of weights that are held at a time where they come from elsewhere; a larger one is held alone."""
 
@@ -75,7 +78,8 @@ def execute_all(
     see: See | None = None,
 ) -> list[Any]:
     """``execute`` on several inputs side by side: each weight is read, and brought to ``dtype``, once for all of them."""
-    walks = [Walk(trace, tensors, dict(zip(trace.inputs, flat, strict=True)), dtype, edit) for flat in batches]
+    calls: Calls = {}
+    walks = [Walk(trace, tensors, dict(zip(trace.inputs, flat, strict=True)), dtype, edit, calls) for flat in batches]
     nodes = list((graph or trace.graph).nodes)
     dying = last_uses(nodes)
     previous = torch.get_default_dtype()
@@ -116,9 +120,11 @@ class Walk:
         inputs: Mapping[str, Any],
         dtype: torch.dtype | None = None,
         edit: Edit | None = None,
+        calls: Calls | None = None,
     ) -> None:
         self.trace, self.tensors, self.inputs, self.dtype, self.edit = trace, tensors, inputs, dtype, edit
         self.values: dict[fx.Node, Any] = {}
+        self.calls: Calls = {} if calls is None else calls
 
     def step(self, node: fx.Node) -> None:
         if node.op == "placeholder" and node.name in self.inputs:
@@ -131,7 +137,9 @@ class Walk:
             value = self.fetch(operand)
             return value if self.edit is None else self.edit(node, operand, value)
 
-        args, kwargs = _retyped(fx.map_arg((node.args, node.kwargs), fetch), self.dtype)
+        if node not in self.calls:
+            self.calls[node] = _retyped((node.args, node.kwargs), self.dtype)
+        args, kwargs = fx.map_arg(self.calls[node], fetch)
         value = node.target(*args, **kwargs)  # type: ignore[operator]
         return value.fill_(DRAWN) if self.dtype is not None and is_drawn(node) else value
 
@@ -223,7 +231,9 @@ class Abreast:
         edit: Edit | None = None,
     ) -> None:
         self.trace, self.tensors = trace, Held(tensors)
-        self.walks = [Walk(trace, self.tensors, dict(zip(trace.inputs, flat, strict=True)), edit=edit) for flat in batches]
+        calls: Calls = {}
+        inputs = [dict(zip(trace.inputs, flat, strict=True)) for flat in batches]
+        self.walks = [Walk(trace, self.tensors, own, edit=edit, calls=calls) for own in inputs]
         self.dying = last_uses(nodes)
 
     @torch.no_grad()
