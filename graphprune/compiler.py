@@ -125,9 +125,12 @@ def _without_hidden(stages: Sequence[Pass], given: Facts, progress: Progress | N
             raise
         groups = narrow(model, couple(propagate(traced(model, example, given[Emission]))), budget, given[Emission], Notes([]))
         free = replace(groups, groups=tuple(group for group in groups if not group.touches(budget.protect)))
-        fine, obstacles = visible(model, free, example, budget.alike)
-        hidden = {group.name for group in free} - {group.name for group in fine}
-        if not fine or not hidden:
+        found = visible(model, free, example, budget.alike)
+        if found.alike and not budget.alike:
+            given = {**given, Budget: replace(budget, alike=True)}
+            notes.lines.append("equal layers shrink alike, as the model's code has it")
+        hidden = {group.name for group in free} - {group.name for group in found.groups}
+        if not found.groups or (not hidden and given[Budget] is budget):
             raise
 
         def without(groups: Groups) -> Groups:
@@ -136,8 +139,9 @@ def _without_hidden(stages: Sequence[Pass], given: Facts, progress: Progress | N
         facts = run(with_extras(stages, [Pass(without)]), given, progress)
         spared = Counter(group.kind for group in free if group.name in hidden)
         left = ", ".join(f"{count} {kind} groups" for kind, count in spared.items())
-        why = obstacles[0] if obstacles else limit
-        notes.lines.append(f'{left} are left alone, emit="graph" would cut them: {why.what}, {why.at}')
+        why = found.obstacles[-1] if found.obstacles else limit
+        if hidden:
+            notes.lines.append(f'{left} are left alone, emit="graph" would cut them: {why.what}, {why.at}')
         return facts
 
 

@@ -7,14 +7,14 @@ change. Equal layers are tried together, the rest one after the other on top of 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from typing import Any
 
 from torch import nn
 
-from graphprune.axes import Keep
+from graphprune.axes import Factor, Keep
 from graphprune.errors import HiddenSize
 from graphprune.execute import execute, tensors_of
 from graphprune.facts import Example
@@ -25,27 +25,40 @@ from graphprune.select import signature
 from graphprune.verify import computes, leaves, same_draws
 
 
-def visible(model: nn.Module, groups: Groups, example: Example, alike: bool = False) -> tuple[list[Group], list[HiddenSize]]:
-    """The groups that may shrink together, equal layers ``alike`` or not, and what stands in the way of each of the others."""
+@dataclass(frozen=True, slots=True)
+class Visible:
+    """The groups that may shrink together, whether equal layers must be ``alike`` for that, and what stands in others' way."""
+
+    groups: tuple[Group, ...]
+    alike: bool
+    obstacles: tuple[HiddenSize, ...]
+
+
+def visible(model: nn.Module, groups: Groups, example: Example, alike: bool = False) -> Visible:
+    """Try each class of equal layers on top of those that are known to work, where need be with all of its layers alike."""
     classes: dict[Any, list[Group]] = defaultdict(list)
     for group in groups:
         if group.size > group.least:
             classes[signature(group)].append(group)
-    fine: list[Group] = []
+    fine: dict[Factor, range] = {}
     obstacles = []
-    for row in classes.values():
-        try:
-            _emit(model, groups, _cut([*fine, *row], alike), example)
-            fine += row
-        except HiddenSize as limit:
-            obstacles.append(limit)
-    return fine, obstacles
+    for number, row in enumerate(classes.values()):
+        for even in (True,) if alike else (False, True)[: len(row)]:
+            cut = _cut(row, number % 2, even)
+            try:
+                _emit(model, groups, fine | cut, example)
+                fine, alike = fine | cut, even
+                break
+            except HiddenSize as limit:
+                obstacles.append(limit)
+    return Visible(tuple(group for group in groups if group.factor in fine), alike, tuple(obstacles))
 
 
-def _cut(groups: Iterable[Group], alike: bool) -> Keep:
-    """About a quarter of each group gone; unless all must be alike, never of two in a row the same number of units."""
-    turn = count()
-    return {g.factor: range(max(g.least, g.size - max(1, g.size // 4) - (0 if alike else next(turn) % 3))) for g in groups}
+def _cut(row: Sequence[Group], more: int, alike: bool) -> dict[Factor, range]:
+    """About a quarter of each group and some ``more`` gone; unless equal layers are alike, none of every other group."""
+    kept = {g.factor: range(max(g.least, g.size - max(1, g.size // 4) - more)) for g in row}
+    whole = set() if alike else {group.factor for group in row[1::2]}
+    return {factor: range(factor.size) if factor in whole else units for factor, units in kept.items()}
 
 
 def _emit(model: nn.Module, groups: Groups, keep: Keep, example: Example) -> None:

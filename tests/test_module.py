@@ -292,3 +292,33 @@ def test_of_one_kind_only_the_groups_that_the_code_hides_are_left_alone() -> Non
     smaller: Any = result.model
     assert smaller.up.out_features == smaller.b.shape[0] < 40
     assert smaller.a.shape == (4, 12)
+
+
+@dataclass
+class HeadSizes:
+    heads: int
+    head_size: int
+
+
+class Sharing(nn.Module):
+    """Attention that looks its sizes up in an object that all layers share."""
+
+    def __init__(self, sizes: HeadSizes) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.qkv, self.out = nn.Linear(24, 3 * 24), nn.Linear(24, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = (*x.shape[:2], self.sizes.heads, self.sizes.head_size)
+        size = self.sizes.heads * self.sizes.head_size
+        q, k, v = (part.view(shape).transpose(1, 2) for part in self.qkv(x).split((size, size, size), dim=-1))
+        return x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(*x.shape[:2], size))
+
+
+def test_layers_that_share_an_attribute_shrink_alike() -> None:
+    model = sharpened(nn.Sequential(*(Sharing(sizes) for sizes in [HeadSizes(4, 6)] for _ in range(2)), nn.Linear(24, 3)))
+    result = graphprune.compile(model, torch.randn(2, 5, 24), keep=0.9, scope="global", method="random")
+    assert {cut.kind for cut in result.plan.cuts} == {"head"}
+    assert len({len(cut.kept) for cut in result.plan.cuts}) == 1
+    assert len(result.plan.cuts) == 2
+    assert any("shrink alike" in note for note in result.notes)
