@@ -119,13 +119,14 @@ def couple(axes: Axes) -> Groups:
     members = _members(axes, roles)
     kinds = _kinds(axes, graph, roles, members)
     summed = {factor for use in axes.uses if use.role in ("contracted", "ranked") for factor in use.axis.factors}
-    live = [factor for factor in free if factor in summed]
+    weighty = {factor for factor in free if any(member.name in axes.trace.parameters for member in members[factor])}
+    live = [factor for factor in free & weighty if factor in summed]
     ordered = sorted(live, key=lambda factor: (min(m.order for m in members[factor]), factor.id))
     names = _names(ordered, members, kinds)
     groups = tuple(Group(names[f], kinds[f], f, members[f], f not in axes.renormalised, axes.least.get(f, 1)) for f in ordered)
     frozen = tuple(Frozen(f, members[f], axes.pins[f][0]) for f in sorted(named - free, key=lambda f: f.id))
-    unused = Reason("no traced operation sums over it")
-    idle = tuple(Frozen(f, members[f], unused) for f in sorted(free - set(live), key=lambda f: f.id))
+    unused = Reason("no traced operation sums over it"), Reason("no parameter lies on it")
+    idle = tuple(Frozen(f, members[f], unused[f in summed]) for f in sorted(free - set(live), key=lambda f: f.id))
     return Groups(axes, groups, frozen + idle, graph)
 
 
