@@ -32,15 +32,32 @@ class Cost:
     flops: int
 
 
-@dataclass(frozen=True, slots=True)
 class Polynomial:
-    """A sum of products of axis sizes, each with a whole number in front."""
+    """A sum of products of axis sizes, each with a whole number in front. It remembers its last answer, so that asking for
+    sizes which differ little costs little."""
 
-    terms: tuple[tuple[int, tuple[Axis, ...]], ...]
+    def __init__(self, terms: Iterable[tuple[int, tuple[Axis, ...]]]) -> None:
+        self.terms = tuple(terms)
+        self.having: dict[Factor, list[int]] = defaultdict(list)
+        for place, (_, axes) in enumerate(self.terms):
+            for factor in frozenset[Factor]().union(*(axis.factors for axis in axes)):
+                self.having[factor].append(place)
+        self.sizes: dict[Factor, int] = {}
+        self.values = [weight * prod(axis.size for axis in axes) for weight, axes in self.terms]
+        self.total = sum(self.values)
 
     def __call__(self, sizes: Sizes) -> int:
+        changed = [factor for factor in {**self.sizes, **sizes} if self.sizes.get(factor) != sizes.get(factor)]
         keep = {factor: range(size) for factor, size in sizes.items()}
-        return sum(weight * prod(axis.resized(keep) for axis in axes) for weight, axes in self.terms)
+        known: dict[int, int] = {}
+        for place in {place for factor in changed for place in self.having.get(factor, ())}:
+            weight, axes = self.terms[place]
+            known |= {id(axis): axis.resized(keep) for axis in axes if id(axis) not in known}
+            value = weight * prod(known[id(axis)] for axis in axes)
+            self.total += value - self.values[place]
+            self.values[place] = value
+        self.sizes = dict(sizes)
+        return self.total
 
 
 def parameters(axes: Axes, sizes: Sizes, names: Iterable[str] | None = None) -> int:
@@ -61,12 +78,12 @@ def flops(axes: Axes, sizes: Sizes) -> int:
 def parameter_count(axes: Axes, names: Iterable[str] | None = None) -> Polynomial:
     """The number of parameters."""
     chosen = axes.trace.parameters if names is None else names
-    return Polynomial(tuple((1, axes.tensors[name]) for name in chosen))
+    return Polynomial((1, axes.tensors[name]) for name in chosen)
 
 
 def weight_bytes(axes: Axes) -> Polynomial:
     """The bytes of the parameters, in the dtypes that they were traced with."""
-    return Polynomial(tuple((traced.dtype.itemsize, axes.tensors[name]) for name, traced in axes.trace.parameters.items()))
+    return Polynomial((traced.dtype.itemsize, axes.tensors[name]) for name, traced in axes.trace.parameters.items())
 
 
 def operations(axes: Axes) -> Polynomial:
@@ -78,7 +95,7 @@ def operations(axes: Axes) -> Polynomial:
             operands[use.node].add(use.operand)
             summed[use.node] += [] if use.axis in summed[use.node] else [use.axis]
     products = (product for node, inner in summed.items() if len(operands[node]) > 1 for product in _products(axes, node, inner))
-    return Polynomial(tuple((2, product) for product in products))
+    return Polynomial((2, product) for product in products)
 
 
 def _products(axes: Axes, node: fx.Node, inner: Sequence[Axis]) -> Iterator[tuple[Axis, ...]]:
@@ -94,7 +111,7 @@ def _products(axes: Axes, node: fx.Node, inner: Sequence[Axis]) -> Iterator[tupl
 def cache_bytes(axes: Axes) -> Polynomial:
     """The bytes of all keys and values of one traced forward, as a cache holds them: before they are repeated for their queries."""
     held = dict.fromkeys(_origin(node) for node in axes.trace.graph.nodes for node in _attended(axes, node))
-    return Polynomial(tuple((node.meta["val"].dtype.itemsize, axes.nodes[node]) for node in held))
+    return Polynomial((node.meta["val"].dtype.itemsize, axes.nodes[node]) for node in held)
 
 
 def _attended(axes: Axes, node: fx.Node) -> list[fx.Node]:

@@ -6,13 +6,15 @@ everything that is not the factor, as the axis expressions lay it out. That is a
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
-from graphprune.axes import Axis, Factor
+from graphprune.axes import Axis, Factor, Place
 from graphprune.errors import UserMistake, nearest
 from graphprune.groups import Group, Groups
 from graphprune.ranks import completed, own
@@ -54,24 +56,33 @@ def profile(tensor: Tensor, dim: int, each: Each | None = None) -> Tensor:
     Blocks are summed in float32 or better, and the blocks in float64. A ``dim`` below 0 is none: (1,). Of a tensor that is
     spread over ranks each looks at its part.
     """
-    return completed(_sums(own(tensor), dim, each), tensor, dim)
+    return profiles(tensor, (dim,), each)[dim]
 
 
-def _sums(tensor: Tensor, dim: int, each: Each | None) -> Tensor:
+def profiles(tensor: Tensor, dims: Iterable[int], each: Each | None = None) -> dict[int, Tensor]:
+    """The profiles of several dimensions, of one look at the tensor."""
+    return {dim: completed(found, tensor, dim) for dim, found in _sums(own(tensor), tuple(dims), each).items()}
+
+
+def _sums(tensor: Tensor, dims: Sequence[int], each: Each | None) -> dict[int, Tensor]:
     if each is None:
-        if dim < 0:
-            return tensor.sum(dtype=torch.float64).reshape(1)
-        rows = tensor.movedim(dim, 0).flatten(1) if tensor.ndim > 1 else tensor.unsqueeze(1)
-        return rows.sum(1, dtype=torch.float64)
-    total = torch.zeros(tensor.shape[dim] if dim >= 0 else 1, dtype=torch.float64, device=tensor.device)
+        return {dim: _sum(tensor, dim) for dim in dims}
+    totals = {d: torch.zeros(tensor.shape[d] if d >= 0 else 1, dtype=torch.float64, device=tensor.device) for d in dims}
     step = max(1, BLOCK // max(1, tensor[:1].numel()))
-    others = [other for other in range(tensor.ndim) if other != dim]
     for start in range(0, len(tensor), step):
         block = each(tensor[start : start + step])
         block = block.to(torch.promote_types(block.dtype, torch.float32))
-        summed = block.sum(others) if others else block
-        (total[start : start + step] if dim == 0 else total).add_(summed)
-    return total
+        for dim, total in totals.items():
+            others = [other for other in range(tensor.ndim) if other != dim]
+            (total[start : start + step] if dim == 0 else total).add_(block.sum(others) if others else block)
+    return totals
+
+
+def _sum(tensor: Tensor, dim: int) -> Tensor:
+    if dim < 0:
+        return tensor.sum(dtype=torch.float64).reshape(1)
+    rows = tensor.movedim(dim, 0).flatten(1) if tensor.ndim > 1 else tensor.unsqueeze(1)
+    return rows.sum(1, dtype=torch.float64)
 
 
 def gather_units(profile: Tensor, axis: Axis, factor: Factor) -> Tensor:
@@ -79,10 +90,16 @@ def gather_units(profile: Tensor, axis: Axis, factor: Factor) -> Tensor:
     if axis.segments == ((factor,),):
         return profile.double()
     total = profile.new_zeros(factor.size, dtype=torch.float64)
-    for column in axis.units(factor):
-        index = torch.tensor(column, device=profile.device)
-        on = index >= 0
-        total.index_add_(0, index[on], profile[on].double())
+    if isinstance(axis, Place) and axis.factor == factor:
+        total[axis.unit] = profile.sum()
+    start = 0
+    for product in axis.segments:
+        sizes = [item.size for item in product]
+        part, start = profile[start : start + prod(sizes)], start + prod(sizes)
+        for place, item in enumerate(product):
+            if item == factor or (isinstance(item, Axis) and factor in item.factors):
+                own = part.reshape(-1, item.size, prod(sizes[place + 1 :])).sum((0, 2), dtype=torch.float64)
+                total += gather_units(own, item, factor) if isinstance(item, Axis) else own
     return total
 
 
@@ -113,7 +130,7 @@ def combine(members: Sequence[Tensor], how: str) -> Tensor:
 
 
 def score(
-    groups: Groups | Iterable[Group],
+    groups: Groups | Sequence[Group],
     axes: Mapping[str, Sequence[Axis]],
     criterion: Criterion,
     *,
@@ -124,17 +141,23 @@ def score(
 ) -> Scores:
     """Score every group by an elementwise criterion.
 
-    ``each`` is applied to what the criterion gives, block by block: a function of the weight alone needs no second tensor of
-    its size. ``after`` is applied to each member's unit sums before they are aggregated: ``torch.abs`` there makes a criterion
-    vector-wise. Members without saliency (buffers) do not count.
+    Every tensor is asked for once. ``each`` is applied to what the criterion gives, block by block: a function of the weight
+    alone needs no second tensor of its size. ``after`` is applied to each member's unit sums before they are aggregated:
+    ``torch.abs`` there makes a criterion vector-wise. Members without saliency (buffers) do not count.
     """
-    found: dict[str, Tensor] = {}
+    rows: dict[str, list[Tensor]] = {group.name: [] for group in groups}
+    wanted: dict[str, dict[int, None]] = defaultdict(dict)
     for group in groups:
-        rows = []
         for member in group.members:
-            saliency = criterion(member.name)
-            if saliency is not None:
-                units = to_units(saliency, axes[member.name], member.dim, group.factor, each)
-                rows.append(units if after is None else after(units))
-        found[group.name] = combine(rows, how) if rows else torch.zeros(group.size, dtype=torch.float64)
+            wanted[member.name][member.dim] = None
+    sums: dict[str, dict[int, Tensor]] = {}
+    for group in groups:
+        for member in group.members:
+            if member.name not in sums:
+                saliency = criterion(member.name)
+                sums[member.name] = {} if saliency is None else profiles(saliency, wanted[member.name], each)
+            if sums[member.name]:
+                units = gather_units(sums[member.name][member.dim], axes[member.name][member.dim], group.factor)
+                rows[group.name].append(units if after is None else after(units))
+    found = {g.name: combine(rows[g.name], how) if rows[g.name] else torch.zeros(g.size, dtype=torch.float64) for g in groups}
     return Scores(found, method)
