@@ -223,9 +223,12 @@ def written(model: nn.Module, config: Any, samples: int, length: int, seed: int 
 
 
 def _sampled(logits: Tensor, draw: torch.Generator) -> Tensor:
-    if not logits.isfinite().any(dim=-1).all() or logits.isnan().any():
+    """One token (rows,) by each row's probabilities: where their running sum passes a number drawn for it."""
+    passed = logits.softmax(-1).cpu().cumsum(-1)
+    if not passed[:, -1].isfinite().all():
         raise ModelLimit("the model writes no text: its logits are not finite", fix="load it in float32")
-    return torch.multinomial(logits.softmax(-1).cpu(), 1, generator=draw)[:, 0]
+    drawn = torch.rand(len(passed), 1, generator=draw) * passed[:, -1:]
+    return torch.searchsorted(passed, drawn, right=True)[:, 0].clamp_max(passed.shape[1] - 1)
 
 
 def _start_token(config: Any) -> int:
