@@ -150,7 +150,8 @@ def _header(file: Path) -> Iterator[tuple[str, Entry]]:
 
 
 class OnDisk(nn.Parameter):
-    """A parameter that lives in a file: every operation on it reads it anew, and gets an ordinary tensor.
+    """A parameter that lives in a file: every operation on it reads it anew, and gets an ordinary tensor; some of
+    its rows are read alone.
 
     It can be given a new value by ``put``; operations that would change it in place raise ModelLimit.
     """
@@ -170,6 +171,9 @@ class OnDisk(nn.Parameter):
         changed = args[0] if args and function._schema.is_mutable else None
         if isinstance(changed, OnDisk):
             raise ModelLimit("a weight in a file cannot be changed in place", why=str(function), fix="put(parameter, value)")
+        if function is torch.ops.aten.slice.Tensor and (args[1:2] or (0,)) == (0,) and len(args) == 4:
+            first, last, _ = slice(*args[2:]).indices(len(args[0]))
+            return args[0].entry.rows(first, max(first, last))
         args, kwargs = pytree.tree_map_only(OnDisk, lambda parameter: parameter.entry.read(), (args, kwargs or {}))
         return function(*args, **kwargs)
 

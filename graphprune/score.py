@@ -26,7 +26,7 @@ Criterion = Callable[[str], Tensor | None]
 Each = Callable[[Tensor], Tensor]
 """An elementwise function of a block of a tensor."""
 
-BLOCK = 1 << 17
+BLOCK = 1 << 18
 """Elements of a block: few enough to stay in a processor's cache."""
 
 
@@ -64,11 +64,12 @@ def profiles(tensor: Tensor, dims: Iterable[int], each: Each | None = None) -> d
     return {dim: completed(found, tensor, dim) for dim, found in _sums(own(tensor), tuple(dims), each).items()}
 
 
+@torch.no_grad()
 def _sums(tensor: Tensor, dims: Sequence[int], each: Each | None) -> dict[int, Tensor]:
     if each is None:
         return {dim: _sum(tensor, dim) for dim in dims}
     totals = {d: torch.zeros(tensor.shape[d] if d >= 0 else 1, dtype=torch.float64, device=tensor.device) for d in dims}
-    step = max(1, BLOCK // max(1, tensor[:1].numel()))
+    step = max(1, BLOCK * len(tensor) // max(1, tensor.numel()))
     for start in range(0, len(tensor), step):
         block = each(tensor[start : start + step])
         block = block.to(torch.promote_types(block.dtype, torch.float32))

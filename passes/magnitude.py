@@ -20,11 +20,8 @@ def magnitude(model: nn.Module, groups: Groups, *, p: int = 2, aggregate: str = 
     """Score units by the p-th power of their weights' magnitude: (units,) each, in float64."""
     weights = dict(model.named_parameters(remove_duplicate=False))
 
-    def weight(name: str) -> Tensor | None:
-        return weights[name].detach() if name in weights else None
-
     def power(block: Tensor) -> Tensor:
         block = block.to(torch.promote_types(block.dtype, torch.float32))
         return block.square() if p == 2 else block.abs().pow(p)
 
-    return score(groups, groups.axes.tensors, weight, method=f"magnitude p={p} {aggregate}", how=aggregate, each=power)
+    return score(groups, groups.axes.tensors, weights.get, method=f"magnitude p={p} {aggregate}", how=aggregate, each=power)

@@ -9,10 +9,12 @@ import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,8 +23,14 @@ from graphprune.disk import INDEX, NAMES, Checkpoint, Entry, as_bytes, write_all
 from graphprune.ranks import leads, told, wait
 from graphprune.rewrite.checkpoint import complete_or_nothing
 
-BLOCK = 32 << 20
-"""Bytes read at a time."""
+BLOCK = 4 << 20
+"""Bytes read at a time: few enough to stay in a processor's cache."""
+
+AT_ONCE = 2
+"""Shards that are written side by side: one is picked apart while the other goes to the disk."""
+
+WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Whole numbers by their size in bytes."""
 
 REPLACED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 """Files that are not copied: weights in any form, and their index."""
@@ -66,12 +74,13 @@ def _remove_if_dead(left: Path) -> None:
 
 def write_cut(checkpoint: Checkpoint, axes: Mapping[str, tuple[Axis, ...]], keep: Keep, folder: Path) -> None:
     """Write every shard with its tensors cut, and the index. ``axes`` has the tensors by the names the checkpoint gives them."""
-    weight_map: dict[str, str] = {}
-    total = 0
-    for file in checkpoint.files:
-        entries = {name: entry for name, entry in checkpoint.entries.items() if entry.file == file}
-        total += _write_shard(entries, axes, keep, folder / file.name)
-        weight_map |= dict.fromkeys(entries, file.name)
+    shards: dict[Path, dict[str, Entry]] = {file: {} for file in checkpoint.files}
+    for name, entry in checkpoint.entries.items():
+        shards[entry.file][name] = entry
+    with ThreadPoolExecutor(AT_ONCE) as workers:
+        sizes = [workers.submit(_write_shard, own, axes, keep, folder / file.name) for file, own in shards.items()]
+        total = sum(size.result() for size in sizes)
+    weight_map = {name: file.name for file, own in shards.items() for name in own}
     if (checkpoint.folder / INDEX).is_file():
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -111,8 +120,14 @@ def _cut_blocks(entry: Entry, axes: tuple[Axis, ...], keep: Keep) -> Iterator[Te
         block = entry.rows(first, last)
         block = block if own is None else block.index_select(0, own)
         for dim, index in kept.items():
-            block = block if dim == 0 else block.index_select(dim, index)
+            block = block if dim == 0 else _picked(block, dim, index)
         yield block
+
+
+def _picked(block: Tensor, dim: int, index: Tensor) -> Tensor:
+    """``index_select``, which numpy does three times as fast on small numbers."""
+    numbers = block.view(WHOLE[block.element_size()]).numpy()
+    return torch.from_numpy(np.take(numbers, index.numpy(), axis=dim)).view(block.dtype)
 
 
 def copy_rest(source: Path, folder: Path) -> None:
