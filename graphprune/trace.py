@@ -155,8 +155,8 @@ def _as_trace(
 
 
 @contextmanager
-def exportable(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no key-value cache among the outputs, experts as batched products: what export needs, then undone."""
+def exportable(model: nn.Module, batched: bool = True) -> Iterator[None]:
+    """Evaluation mode, no key-value cache among the outputs, experts as ``batched`` products: what export needs, then undone."""
     with ExitStack() as undo:
         training = [module for module in model.modules() if module.training]
         undo.callback(lambda: [module.train(True) for module in model.modules() if module in set(training)])
@@ -168,7 +168,8 @@ def exportable(model: nn.Module) -> Iterator[None]:
                 config.use_cache = False
         undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
-        undo.enter_context(_batched_experts(model))
+        if batched and loops_over_experts(model):
+            undo.enter_context(_batched_experts(model))
         yield
 
 
@@ -178,20 +179,21 @@ def _configs(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
+def loops_over_experts(model: nn.Module) -> bool:
+    """Whether a transformers mixture of experts loops over data-dependent expert sets, which cannot be exported; batched it can."""
+    own = getattr(getattr(model, "config", None), "_experts_implementation", None)
+    return hasattr(model, "set_experts_implementation") and own not in ("batched_mm", "grouped_mm")
+
+
 @contextmanager
-def _batched_experts(model: nn.Module) -> Iterator[None]:
-    """A transformers mixture of experts loops over data-dependent expert sets, which cannot be exported; batched it can."""
-    choose = getattr(model, "set_experts_implementation", None)
+def _batched_experts(model: Any) -> Iterator[None]:
     before = getattr(getattr(model, "config", None), "_experts_implementation", None)
-    if choose is None or before in ("batched_mm", "grouped_mm"):
-        yield
-        return
-    choose("batched_mm")
+    model.set_experts_implementation("batched_mm")
     try:
         yield
     finally:
         if before is not None:
-            choose(before)
+            model.set_experts_implementation(before)
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool) -> ExportedProgram:

@@ -21,7 +21,7 @@ from graphprune.execute import Edit, execute, execute_all
 from graphprune.groups import Groups
 from graphprune.propagate import Axes
 from graphprune.rewrite.graph import Smaller, smaller
-from graphprune.trace import Inputs, as_call, exportable
+from graphprune.trace import Inputs, as_call, exportable, loops_over_experts
 
 PRECISION = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """How far two orders of the same operations may drift apart, relative to the largest output."""
@@ -135,9 +135,13 @@ def close(emitted: torch.nn.Module, inputs: Inputs, reference: Sequence[Tensor])
 
 @torch.no_grad()
 def computes(emitted: torch.nn.Module, inputs: Inputs, reference: Sequence[Tensor]) -> bool:
-    """The same, but what the model raises is raised."""
+    """The same, but what the model raises is raised. Experts are run as they were traced and as the model runs them."""
+    return all(_agrees(emitted, inputs, reference, batched) for batched in {True, not loops_over_experts(emitted)})
+
+
+def _agrees(emitted: torch.nn.Module, inputs: Inputs, reference: Sequence[Tensor], batched: bool) -> bool:
     args, kwargs = as_call(inputs)
-    with exportable(emitted), same_draws():
+    with exportable(emitted, batched), same_draws():
         found = leaves(emitted(*args, **kwargs))
     limit = max((PRECISION.get(tensor.dtype, 1e-3) for tensor in found), default=0.0)
     return difference(found, reference) <= limit

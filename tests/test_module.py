@@ -322,3 +322,33 @@ def test_layers_that_share_an_attribute_shrink_alike() -> None:
     assert len({len(cut.kept) for cut in result.plan.cuts}) == 1
     assert len(result.plan.cuts) == 2
     assert any("shrink alike" in note for note in result.notes)
+
+
+class Counting(nn.Module):
+    """A layer that reads its sizes off its input, inside a model that keeps a number that happens to equal one of them."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.size, self.qkv, self.out = 6, nn.Linear(24, 3 * 24), nn.Linear(24, 24)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (part.view(*x.shape[:2], -1, self.size).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+            shape = (x.shape[0] * q.shape[1], x.shape[1], self.size)
+            x = nn.functional.scaled_dot_product_attention(q.reshape(shape), k.reshape(shape), v.reshape(shape))
+            return self.out(x.view(q.shape).transpose(1, 2).flatten(2))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patience, self.heads, self.last = 8, Counting.Heads(), nn.Linear(24, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.heads(x))
+
+
+def test_a_number_that_only_happens_to_be_equal_stays() -> None:
+    """Two rows of four heads make eight."""
+    result = graphprune.compile(sharpened(Counting()), torch.randn(2, 5, 24), keep=0.5, kinds=["head"])
+    smaller: Any = result.model
+    assert smaller.heads.out.in_features < 24
+    assert smaller.patience == 8

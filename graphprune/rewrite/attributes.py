@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 Path = tuple[str | int, ...]
 Attributes = dict[str, dict[str, Any]]
@@ -21,6 +21,7 @@ Attributes = dict[str, dict[str, Any]]
 DEPTH = 4
 OPAQUE = (
     nn.Module, Tensor, type, ModuleType, FunctionType, BuiltinFunctionType, MethodType, torch.dtype, torch.device, PreTrainedConfig,
+    GenerationConfig,
 )  # fmt: skip
 """What is not looked into: it holds no sizes, or somebody else is in charge of them."""
 

@@ -1,9 +1,10 @@
 """A module and the sizes that changed in its graph in, the whole numbers it keeps that must change with them out.
 
 The evidence is the graph: a literal size that changed was executed inside some module's forward, so a whole number with the old
-value that this module (else one around it) keeps is where it came from; so may be one that equals the length of an axis that
-shrank there. Which of them it was is tried. A run that fails says where: the next guess is about a number of the modules that
-were running, the innermost first, and of two guesses the one whose run gets further is built upon.
+value that this module (else one around it) keeps is where it came from; a number that equals a size of the module's own smaller
+tensors means that size; so may one that equals the length of an axis that shrank there. Which of them it was is tried. A run that
+fails says where: the next guess is about a number of the modules that were running, the innermost first, and of two guesses the
+one whose run gets further is built upon.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from heapq import heappop, heappush
-from itertools import chain, count
+from itertools import chain, count, product
 from typing import Any
 
 from torch import fx, nn
@@ -44,10 +45,14 @@ class Place:
     @property
     def kind(self) -> Kind:
         """Equal modules of equal layers are decided alike."""
-        return re.sub(r"\d+", "#", self.module), self.path
+        return _pattern(self.module), self.path
 
     def __str__(self) -> str:
         return ".".join(map(str, (self.module, *self.path))).lstrip(".")
+
+
+def _pattern(module: str) -> str:
+    return re.sub(r"\d+", "#", module)
 
 
 Choice = dict[Place, int]
@@ -62,6 +67,7 @@ class Evidence:
     before: int
     after: int
     rows: tuple[tuple[Place, ...], ...]
+    module: str
 
     @property
     def places(self) -> tuple[Place, ...]:
@@ -84,9 +90,27 @@ def evidence(model: nn.Module, changes: Iterable[tuple[fx.Node, int, int]]) -> l
     first: dict[int, Place] = {}
     found = []
     for node, before, after in changes:
-        rows = [[first.setdefault(place.mark, place) for place in kept(name).get(before, ())] for name in _stack(node)]
-        found.append(Evidence(node, before, after, tuple(tuple(dict.fromkeys(row)) for row in rows if row)))
+        stack = _stack(node)
+        rows = [[first.setdefault(place.mark, place) for place in kept(name).get(before, ())] for name in stack]
+        found.append(Evidence(node, before, after, tuple(tuple(dict.fromkeys(row)) for row in rows if row), (stack or [""])[0]))
     return found
+
+
+def own_sizes(model: nn.Module, axes: Axes, keep: Keep) -> Iterator[Evidence]:
+    """Whole numbers that equal a size of a module's own tensors, where all of that size become one other size."""
+    sizes: dict[tuple[str, int], set[int]] = defaultdict(set)
+    origin: dict[str, fx.Node] = {}
+    for node in axes.trace.graph.nodes:
+        tensor = axes.trace.tensors.get(node.name)
+        if node.op == "placeholder" and tensor is not None:
+            for axis, name in product(axes.tensors[tensor.name], tensor.names):
+                module = name.rpartition(".")[0]
+                origin[module] = node
+                sizes[module, axis.size].add(axis.resized(keep))
+    for (module, before), afters in sizes.items():
+        places = tuple(_kept(model, module).get(before, ())) if afters != {before} and len(afters) == 1 else ()
+        if places:
+            yield Evidence(origin[module], before, max(afters), (places,), module)
 
 
 def literals(axes: Axes, keep: Keep) -> Iterator[tuple[fx.Node, int, int]]:
@@ -135,6 +159,7 @@ class Options:
         for place, afters in values.items():
             self.kinds[place.kind].append((place, tuple(afters)))
         self.likely = {place.kind: 0 for item in found for row in item.rows[:1] for place in row}
+        self.sure = {place.kind for item in found for place in item.places if place.kind[0] == _pattern(item.module)}
 
     def choice(self, picked: Mapping[Kind, int]) -> Choice:
         """The values of a guess: of each picked kind, the alternative of that number."""
@@ -144,7 +169,7 @@ class Options:
 
     def next(self, picked: Mapping[Kind, int], running: Sequence[str]) -> Iterator[dict[Kind, int] | None]:
         """Guesses that differ in one kind: those of each module that was running, then the others; nothing between two modules."""
-        near = list(dict.fromkeys(re.sub(r"\d+", "#", name) for name in running))
+        near = list(dict.fromkeys(map(_pattern, running)))
         rows: dict[str, list[Kind]] = defaultdict(list)
         for kind in self.kinds:
             rows[kind[0]].append(kind)
@@ -179,12 +204,25 @@ def search(options: Options, attempt: Callable[[Choice], Outcome | None]) -> tup
             seen.add(key)
             outcome = attempt(options.choice(picked))
             if outcome is None:
-                return options.choice(picked), best
+                return options.choice(_needed(options, picked, attempt)), best
             best, since = (outcome, 0) if outcome.steps > best.steps else (best, since + 1)
             if since == STUCK or len(seen) == TRIALS:
                 return None, best
             heappush(ends, (-outcome.steps, next(order), outcome, options.next(picked, outcome.running)))
     return None, best
+
+
+def _needed(options: Options, picked: dict[Kind, int], attempt: Callable[[Choice], Outcome | None]) -> dict[Kind, int]:
+    """A guess that came true, without the numbers of modules other than those that used them and that need not change."""
+    doubtful = [[kind for kind in picked if kind not in options.sure]]
+    while doubtful:
+        drop = doubtful.pop()
+        others = {kind: number for kind, number in picked.items() if kind not in drop}
+        if drop and attempt(options.choice(others)) is None:
+            picked = others
+        elif len(drop) > 1:
+            doubtful += [drop[: len(drop) // 2], drop[len(drop) // 2 :]]
+    return picked
 
 
 class Steps(TorchFunctionMode):

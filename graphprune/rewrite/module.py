@@ -18,7 +18,19 @@ from graphprune.axes import Axis, Keep
 from graphprune.errors import HiddenSize, first_line, raised_at
 from graphprune.propagate import Axes, source_line
 from graphprune.rewrite.attributes import Attributes, attributes_between, is_plain, read, write
-from graphprune.rewrite.guess import Choice, Evidence, Options, Outcome, Place, attempted, evidence, lengths, literals, search
+from graphprune.rewrite.guess import (
+    Choice,
+    Evidence,
+    Options,
+    Outcome,
+    Place,
+    attempted,
+    evidence,
+    lengths,
+    literals,
+    own_sizes,
+    search,
+)
 
 LAYER_ATTRIBUTES: Mapping[type[nn.Module], Mapping[str, Callable[[Any], Any]]] = {
     nn.Linear: {"in_features": lambda m: m.weight.shape[1], "out_features": lambda m: m.weight.shape[0]},
@@ -80,7 +92,7 @@ def emit_module(
     """
     _fit_layers(smaller)
     found = evidence(smaller, literals(axes, keep))
-    options = Options(found, evidence(smaller, lengths(axes, keep)))
+    options = Options([*found, *own_sizes(smaller, axes, keep)], evidence(smaller, lengths(axes, keep)))
 
     def attempt(choice: Choice) -> Outcome | None:
         with _written(smaller, choice):
