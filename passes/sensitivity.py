@@ -1,87 +1,86 @@
-"""Sensitivity: scores replaced by what the loss really does, group by group.
+"""Sensitivity: each group's scores scaled to what cutting it really does to the model's predictions.
 
-The layer-wise scan that pruning has always begun with (Li et al., arXiv 1608.08710, section 3.2), turned into scores: for each
-group the lowest-scored share r of its units is masked at the contractions that read them, nothing else, and the loss is measured.
-Between shares the loss is taken to rise evenly, so that a unit between r₁ and r₂ gets
+The layer-wise scan that pruning has always begun with (Li et al., arXiv 1608.08710, section 3.2), used as a scale: for each
+group the lowest-scored ``share`` of its units is masked at the contractions that read them, nothing else, and the distance to the
+original's predictions is measured. With U the masked units and s the given scores::
 
-    score(unit) = ( Δloss(r₂) − Δloss(r₁) ) / units between
+    s′(unit) = s(unit) · KL( original ‖ masked ) / Σ_{u ∈ U} s(u)          in nats a prediction
 
-never less than a unit below it. The order within a group stays; groups become comparable, which is what ``scope="global"`` needs.
-Groups × shares forward passes over ``samples`` rows.
+Order and proportions within a group stay, since scores know units better than groups; groups of all layers and kinds become
+comparable, which is what ``scope="global"`` needs. One forward pass a group over ``samples`` rows of the calibration.
 ``graphprune.compile(model, method="obs", scope="global", alike=False, calibration=c, passes=["sensitivity"])``
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from graphprune import Calibration, Group, Groups, Scores, language_loss
+from graphprune import Calibration, Groups, Scores
 from graphprune.axes import Keep
 from graphprune.capture import fitted
-from graphprune.errors import UserMistake
+from graphprune.errors import ModelLimit, UserMistake
 from graphprune.execute import execute, tensors_of
+from graphprune.recover import divergence
 from graphprune.verify import masks
+
+LEAST = 0.1
+"""No group counts for less than this share of the median one: what a few rows do not show may still matter."""
 
 
 def sensitivity(
-    model: nn.Module, groups: Groups, calibration: Calibration, scores: Scores, *, shares: str = "0.25,0.5", samples: int = 8
+    model: nn.Module, groups: Groups, calibration: Calibration, scores: Scores, *, share: float = 0.2, samples: int = 4
 ) -> Scores:
-    """Scores (units,) in units of loss; ``shares`` are the shares of a group that are tried, ascending."""
-    steps = [float(part) for part in str(shares).split(",")]
-    if sorted({0.0, *steps, 1.0}) != [0.0, *steps, 1.0]:
-        raise UserMistake(f"no ascending shares between 0 and 1: {shares}", fix="0.25,0.5")
+    """Scores (units,) in nats a prediction. Raises UserMistake unless ``0 < share < 1``, ModelLimit without logits."""
+    if not 0 < share < 1:
+        raise UserMistake(f"share is {share}", fix="give a number between 0 and 1, 0.2 for instance")
     trial = _Trial(model, groups, calibration, samples)
-    found = {group.name: _rescored(group, scores[group.name], steps, trial) for group in groups}
-    return Scores(found, f"{scores.method}, measured at {shares}")
+    scale = {}
+    for group in groups:
+        order = scores[group.name].argsort(stable=True)
+        cut = min(max(1, round(share * group.size)), group.size - 1)
+        lost = trial.distance({group.factor: sorted(order[cut:].tolist())})
+        foreseen = float(scores[group.name][order[:cut]].sum())
+        scale[group.name] = lost / foreseen if foreseen > 0 else 0.0
+    least = LEAST * median(scale.values())
+    found = {group.name: scores[group.name] * max(scale[group.name], least) for group in groups}
+    return Scores(found, f"{scores.method}, measured at {share:.0%}")
 
 
 class _Trial:
-    """The loss of the model with some units masked, on a few calibration batches."""
+    """How far a model with some units masked is from the original, on the first rows of the calibration."""
 
     def __init__(self, model: nn.Module, groups: Groups, calibration: Calibration, samples: int) -> None:
         self.axes = groups.axes
         self.tensors = tensors_of(model, self.axes.trace)
-        batches = list(fitted(self.axes.trace, calibration.inputs))
-        rows = max(1, len(next(t for t in batches[0] if isinstance(t, Tensor))))
-        self.batches = batches[: max(1, samples // rows)]
-        self.names = self.axes.trace.in_spec
-        self.whole = self.loss({})
+        self.batches: list[Any] = []
+        rows = 0
+        for flat in fitted(self.axes.trace, calibration.inputs):
+            if rows >= samples:
+                break
+            self.batches.append(flat)
+            rows += len(next(t for t in flat if isinstance(t, Tensor)))
+        self.wanted = [self._logits(flat, {}) for flat in self.batches]
 
-    def loss(self, keep: Keep) -> float:
-        """Mean loss with only the units in ``keep`` of each factor."""
-        return sum(self._loss(flat, keep) for flat in self.batches) / len(self.batches)
+    def distance(self, keep: Keep) -> float:
+        """Mean KL(original ‖ masked) over all predictions with only the units in ``keep`` of each factor."""
+        apart = sum(
+            float(divergence(self._logits(flat, keep), wanted)) for flat, wanted in zip(self.batches, self.wanted, strict=True)
+        )
+        return apart / sum(len(wanted) for wanted in self.wanted)
 
-    def _loss(self, flat: Sequence[Any], keep: Keep) -> float:
+    def _logits(self, flat: Any, keep: Keep) -> Tensor:
+        """(predictions, classes), float32."""
         trace = self.axes.trace
-        _, inputs = pytree.tree_unflatten(list(flat), self.names)
-
-        def masked(**_: Any) -> Any:
-            outputs = execute(trace, self.tensors, flat, edit=masks(self.axes, keep))
-            return pytree.tree_unflatten(pytree.tree_leaves(outputs), trace.out_spec)
-
-        return float(language_loss(masked, _inputs(inputs)))  # type: ignore[arg-type]
-
-
-def _inputs(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    if "input_ids" not in inputs:
-        raise UserMistake("the calibration inputs hold no input_ids to measure a loss on", fix="leave sensitivity out")
-    return inputs
-
-
-def _rescored(group: Group, scores: Tensor, steps: Sequence[float], trial: _Trial) -> Tensor:
-    """Units in their order, each with the rise of the loss per unit where it lies; the last share is extended."""
-    order = scores.argsort(stable=True)
-    marks = sorted({round(step * group.size) for step in steps} - {0, group.size})
-    rises = [0.0, *(trial.loss({group.factor: sorted(order[mark:].tolist())}) - trial.whole for mark in marks)]
-    slopes, tops = [], [0, *marks]
-    for low, high, before, after in zip(tops, tops[1:], rises, rises[1:], strict=False):
-        slopes += [max((after - before) / (high - low), 0.0)] * (high - low)
-    slopes += [2 * max(slopes, default=0.0)] * (group.size - len(slopes))
-    ranks = torch.arange(group.size, dtype=torch.float64)
-    rising = torch.tensor(slopes, dtype=torch.float64).cummax(0).values + 1e-12 * ranks
-    return torch.empty_like(rising).index_copy_(0, order.cpu(), rising)
+        made = execute(trace, self.tensors, flat, edit=masks(self.axes, keep) if keep else None)
+        outputs = pytree.tree_unflatten(pytree.tree_leaves(made), trace.out_spec)
+        logits = getattr(outputs, "logits", None)
+        if logits is None:
+            logits = next((leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)), None)
+        if logits is None or not logits.is_floating_point() or logits.dim() < 2:
+            raise ModelLimit("the model gives no logits to measure", fix="leave sensitivity out")
+        return torch.as_tensor(logits).flatten(0, -2).float()

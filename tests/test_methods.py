@@ -19,9 +19,9 @@ from graphprune.passes.sensitivity import sensitivity
 from graphprune.passes.taylor import taylor
 from graphprune.passes.wanda_sp import wanda_sp
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 
-from graphprune import Budget, Calibration, Groups, Scores, couple, language_loss, propagate, select, trace
+from graphprune import Budget, Calibration, Groups, Scores, couple, propagate, select, trace
 from graphprune.errors import ModelLimit, UserMistake
 
 KV, REP, WIDTH, FFN, LAYERS = 2, 2, 6, 20, 2
@@ -291,27 +291,28 @@ def test_unknown_options_are_mistakes(llama: nn.Module, groups: Groups, calibrat
         llm_pruner(llama, groups, calibration, **options)  # type: ignore[arg-type]
 
 
-def test_sensitivity_measures_the_loss(llama: nn.Module, groups: Groups, calibration: Calibration) -> None:
-    """Scores add up to the loss that masking by hand gives, at the shares that were tried; the order within a group stays."""
+def test_sensitivity_measures_what_masking_does(llama: nn.Module, groups: Groups, calibration: Calibration) -> None:
+    """The lowest quarter's scores add up to the divergence that masking them by hand gives; proportions within a group stay."""
     plain = wanda_sp(llama, groups, calibration)
-    found = sensitivity(llama, groups, calibration, plain, shares="0.25,0.5", samples=4)
+    found = sensitivity(llama, groups, calibration, plain, share=0.25, samples=4)
 
-    def loss() -> float:
+    def log_probabilities() -> Tensor:
         with torch.no_grad():
-            return sum(float(language_loss(llama, inputs)) for inputs in calibration.inputs[:2]) / 2
+            return torch.cat([llama(**inputs).logits.log_softmax(-1).flatten(0, 1) for inputs in calibration.inputs[:2]])
 
-    whole = loss()
+    whole = log_probabilities()
     for layer, (down, _) in enumerate(last_two(llama)):
-        order = plain[ffn(layer)].argsort()
-        assert torch.equal(found[ffn(layer)].argsort(), order)
+        lowest = plain[ffn(layer)].argsort()[: FFN // 4]
         mask = torch.ones(FFN, dtype=torch.float64)
-        mask[order[: FFN // 4]] = 0
+        mask[lowest] = 0
         hook = llama.get_submodule(down).register_forward_pre_hook(lambda _, args, m=mask: args[0] * m)
-        rise = loss() - whole
+        apart = kl_div(log_probabilities(), whole, log_target=True, reduction="batchmean")
         hook.remove()
-        torch.testing.assert_close(float(found[ffn(layer)][order[: FFN // 4]].sum()), max(rise, 0.0), rtol=1e-6, atol=1e-6)
-    with pytest.raises(UserMistake, match="ascending"):
-        sensitivity(llama, groups, calibration, plain, shares="0.5,0.25")
+        torch.testing.assert_close(found[ffn(layer)][lowest].sum(), apart, rtol=1e-4, atol=1e-9, check_dtype=False)
+        ratio = found[ffn(layer)] / plain[ffn(layer)]
+        torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
+    with pytest.raises(UserMistake, match="between 0 and 1"):
+        sensitivity(llama, groups, calibration, plain, share=1.0)
 
 
 def test_rank_cuts_the_lowest_scores_wherever_they_are(groups: Groups) -> None:
