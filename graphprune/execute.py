@@ -7,7 +7,7 @@ tensors may lie in files or be spread over ranks: then all batches go abreast, a
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -153,6 +153,17 @@ class Walk:
         if self.dtype is not None and isinstance(value, Tensor) and value.is_floating_point():
             return value.to(self.dtype)
         return value
+
+
+def finish(walk: Walk, nodes: Iterable[fx.Node], dying: Mapping[fx.Node, Sequence[fx.Node]]) -> Any:
+    """Compute the given nodes, values dropped as ``last_uses`` has it; what the graph returns, where they reach its output."""
+    for node in nodes:
+        if node.op == "output":
+            return fx.map_arg(node.args[0], walk.fetch)
+        walk.step(node)
+        for dead in dying[node]:
+            walk.values.pop(dead, None)
+    return None
 
 
 def is_drawn(node: fx.Node) -> bool:

@@ -75,7 +75,7 @@ def obs(
     gradients: bool = True,
     damping: float = 0.01,
     block: float = 0.05,
-    gradient_samples: int = 32,
+    gradient_samples: int = 8,
 ) -> Scores:
     """Score units by what their removal costs after the others made up for it: (units,) each, float64.
 

@@ -7,12 +7,15 @@ original's predictions is measured. With U the masked units and s the given scor
     s′(unit) = s(unit) · KL( original ‖ masked ) / Σ_{u ∈ U} s(u)          in nats a prediction
 
 Order and proportions within a group stay, since scores know units better than groups; groups of all layers and kinds become
-comparable, which is what ``scope="global"`` needs. One forward pass a group over ``samples`` rows of the calibration.
+comparable, which is what ``scope="global"`` needs. Half a forward pass a group, on average.
 ``graphprune.compile(model, method="obs", scope="global", alike=False, calibration=c, passes=["sensitivity"])``
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count, islice
 from statistics import median
 from typing import Any
 
@@ -20,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from graphprune import Calibration, Groups, Scores
+from graphprune import Axes, Calibration, Groups, Scores, Trace
 from graphprune.axes import Keep
 from graphprune.capture import fitted
 from graphprune.errors import ModelLimit, UserMistake
-from graphprune.execute import execute, tensors_of
+from graphprune.execute import Walk, execute, finish, last_uses, tensors_of
 from graphprune.recover import divergence
 from graphprune.verify import masks
 
@@ -35,52 +38,72 @@ LEAST = 0.1
 def sensitivity(
     model: nn.Module, groups: Groups, calibration: Calibration, scores: Scores, *, share: float = 0.2, samples: int = 4
 ) -> Scores:
-    """Scores (units,) in nats a prediction. Raises UserMistake unless ``0 < share < 1``, ModelLimit without logits."""
+    """Scores (units,) in nats a prediction. Raises UserMistake unless ``0 < share < 1``, ModelLimit without logits.
+
+    ``samples`` rows are read, the first ones of the first batches, so that text of all kinds in a mixture is among them.
+    """
     if not 0 < share < 1:
         raise UserMistake(f"share is {share}", fix="give a number between 0 and 1, 0.2 for instance")
-    trial = _Trial(model, groups, calibration, samples)
-    scale = {}
+    axes = groups.axes
+    lowest, kept = {}, {}
     for group in groups:
         order = scores[group.name].argsort(stable=True)
         cut = min(max(1, round(share * group.size)), group.size - 1)
-        lost = trial.distance({group.factor: sorted(order[cut:].tolist())})
-        foreseen = float(scores[group.name][order[:cut]].sum())
-        scale[group.name] = lost / foreseen if foreseen > 0 else 0.0
+        lowest[group.name], kept[group.name] = order[:cut], {group.factor: sorted(order[cut:].tolist())}
+    tensors = tensors_of(model, axes.trace)
+    lost: dict[str, float] = defaultdict(float)
+    predictions = 0
+    for flat in fitted(axes.trace, islice(_rows(calibration), samples)):
+        found = _distances(axes, tensors, flat, kept)
+        predictions += found.pop("")
+        for name, distance in found.items():
+            lost[name] += distance
+    foreseen = {name: float(scores[name][units].sum()) for name, units in lowest.items()}
+    scale = {name: lost[name] / predictions / foreseen[name] if foreseen[name] > 0 else 0.0 for name in lowest}
     least = LEAST * median(scale.values())
-    found = {group.name: scores[group.name] * max(scale[group.name], least) for group in groups}
-    return Scores(found, f"{scores.method}, measured at {share:.0%}")
+    return Scores({name: scores[name] * max(scale[name], least) for name in lowest}, f"{scores.method}, measured at {share:.0%}")
 
 
-class _Trial:
-    """How far a model with some units masked is from the original, on the first rows of the calibration."""
+def _rows(calibration: Calibration) -> Iterator[Mapping[str, Any]]:
+    """The first row of every batch, then the second of every batch, and so on."""
+    for row in count():
+        batches = [inputs for inputs in calibration.inputs if row < len(next(iter(inputs.values())))]
+        if not batches:
+            return
+        yield from ({name: value[row : row + 1] for name, value in inputs.items()} for inputs in batches)
 
-    def __init__(self, model: nn.Module, groups: Groups, calibration: Calibration, samples: int) -> None:
-        self.axes = groups.axes
-        self.tensors = tensors_of(model, self.axes.trace)
-        self.batches: list[Any] = []
-        rows = 0
-        for flat in fitted(self.axes.trace, calibration.inputs):
-            if rows >= samples:
-                break
-            self.batches.append(flat)
-            rows += len(next(t for t in flat if isinstance(t, Tensor)))
-        self.wanted = [self._logits(flat, {}) for flat in self.batches]
 
-    def distance(self, keep: Keep) -> float:
-        """Mean KL(original ‖ masked) over all predictions with only the units in ``keep`` of each factor."""
-        apart = sum(
-            float(divergence(self._logits(flat, keep), wanted)) for flat, wanted in zip(self.batches, self.wanted, strict=True)
-        )
-        return apart / sum(len(wanted) for wanted in self.wanted)
+@torch.no_grad()
+def _distances(axes: Axes, tensors: Mapping[str, Tensor], flat: Sequence[Any], kept: Mapping[str, Keep]) -> dict[str, Any]:
+    """For each group Σ KL over the predictions for one batch, and under "" how many these are.
 
-    def _logits(self, flat: Any, keep: Keep) -> Tensor:
-        """(predictions, classes), float32."""
-        trace = self.axes.trace
-        made = execute(trace, self.tensors, flat, edit=masks(self.axes, keep) if keep else None)
-        outputs = pytree.tree_unflatten(pytree.tree_leaves(made), trace.out_spec)
-        logits = getattr(outputs, "logits", None)
-        if logits is None:
-            logits = next((leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)), None)
-        if logits is None or not logits.is_floating_point() or logits.dim() < 2:
-            raise ModelLimit("the model gives no logits to measure", fix="leave sensitivity out")
-        return torch.as_tensor(logits).flatten(0, -2).float()
+    A masked run begins where the first product reads what is masked; what is before is the original's.
+    """
+    trace, nodes = axes.trace, list(axes.trace.graph.nodes)
+    dying, begins = last_uses(nodes), defaultdict(list)
+    for name, keep in kept.items():
+        reads = {use.node for use in axes.uses if use.role == "contracted" and use.axis.shrinks(keep)}
+        begins[next(node for node in nodes if node in reads)].append(name)
+    wanted = _predictions(trace, execute(trace, tensors, flat))
+    found: dict[str, Any] = {"": len(wanted)}
+    whole = Walk(trace, tensors, dict(zip(trace.inputs, flat, strict=True)))
+    for place, node in enumerate(nodes):
+        for name in begins.pop(node, ()):
+            run = Walk(trace, tensors, whole.inputs, edit=masks(axes, kept[name]))
+            run.values = {n: v.clone() if isinstance(v, Tensor) and n.op != "placeholder" else v for n, v in whole.values.items()}
+            found[name] = float(divergence(_predictions(trace, finish(run, nodes[place:], dying)), wanted))
+        if not begins:
+            break
+        finish(whole, [node], dying)
+    return found
+
+
+def _predictions(trace: Trace, made: Any) -> Tensor:
+    """(predictions, classes), float32."""
+    outputs = pytree.tree_unflatten(pytree.tree_leaves(made), trace.out_spec)
+    logits = getattr(outputs, "logits", None)
+    if logits is None:
+        logits = next((leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)), None)
+    if logits is None or not logits.is_floating_point() or logits.dim() < 2:
+        raise ModelLimit("the model gives no logits to measure", fix="leave sensitivity out")
+    return torch.as_tensor(logits).flatten(0, -2).float()
