@@ -6,10 +6,10 @@ correction of the sliced weight, so that damping pulls towards what is known to 
 
     E = Y − W_S·X_S        W′ = W_S + E·X_Sᵀ · (X_S·X_Sᵀ + λ·diag(X_S·X_Sᵀ))⁻¹
 
-in float64, λ raised tenfold while a factorisation fails. A bias that the product has is fitted along. Unless ``damping`` says it,
-λ is chosen weight by weight: the one whose fit to either half of the batches (even, odd) leaves the least error on the other, and
-no change where none leaves less than before. Where batches of two kinds of text alternate, that is what carries over from each
-kind to the other. Three choices:
+in float64 (X·Xᵀ is summed in float32 or better), λ raised tenfold while a factorisation fails. A bias that the product has is
+fitted along. Unless ``damping`` says it, λ is chosen weight by weight: the one whose fit to either half of the batches (even,
+odd) leaves the least error on the other, and no change where none leaves less than before. Where batches of two kinds of text
+alternate, that is what carries over from each kind to the other. Three choices:
 
 ``given``  inputs ``now``, as the layers already pruned and repaired send them (sequential), or ``then``, the original's
 ``aim``    ``outputs``: the original's outputs; ``sums``: the original's stream after it, so that a weight also makes up for
@@ -100,6 +100,7 @@ def _repair(
         missing = reading.wanted - x @ matrix.T
         if aim == "sums" and reading.drift is not None:
             missing = missing + reading.drift
+        x, missing = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (x, missing))
         if site.bias is not None:
             x = torch.cat([x, x.new_ones(len(x), 1)], 1)
         if even and reading.stream is not None:
@@ -107,7 +108,7 @@ def _repair(
             x, missing = x / size, missing / size
         half = place % 2 if damping is None else 0
         for name, product in ((("gram", half), x.T @ x), (("cross", half), missing.T @ x)):
-            sums[name] = sums[name].add_(product) if name in sums else product.double()
+            sums[name] = sums[name].add_(product) if name in sums else product
     change = _change(summed(sums), damping)
     width = len(site.kept)
     repaired = matrix.double() + change[:, :width]
@@ -128,7 +129,7 @@ def _change(sums: Mapping[tuple[str, int], Tensor], damping: float | None) -> Te
 def carried(one: Moments, other: Moments) -> Tensor:
     """The correction from two halves together, λ being the one that serves each half best when fitted to the other; or zero.
 
-    The first half is used up: a square of inputs² float64 numbers is what a layer takes, and three of them are held.
+    The first half is used up. Held are both squares of inputs², in float32 for most models, and a factor in float64.
     """
     best, least = None, 0.0
     for damping in DAMPINGS:
@@ -141,16 +142,18 @@ def carried(one: Moments, other: Moments) -> Tensor:
 
 def _error(change: Tensor, gram: Tensor, cross: Tensor) -> float:
     """How much more squared error there is with the change than without it."""
-    return float(((change @ gram - 2 * cross) * change).sum())
+    less = (change.to(gram.dtype) @ gram).sub_(cross, alpha=2)
+    return float((change * less).sum())
 
 
 def solve(gram: Tensor, cross: Tensor, damping: float) -> Tensor:
     """``cross · (gram + λ·diag(gram))⁻¹`` (rows, inputs), float64; λ grows until there is an inverse, dead inputs get zero."""
-    scale = gram.diagonal().where(gram.diagonal() > 0, 1)
+    scale = gram.diagonal().where(gram.diagonal() > 0, 1).double()
     while True:
-        factor, failed = gram.clone(), torch.zeros((), dtype=torch.int32, device=gram.device)
+        factor, failed = gram.to(torch.float64, copy=True), torch.zeros((), dtype=torch.int32, device=gram.device)
         factor.diagonal().add_(damping * scale)
         torch.linalg.cholesky_ex(factor, out=(factor, failed))
-        if not failed and factor.isfinite().all():
-            return torch.cholesky_solve(cross.T, factor).T
+        if not failed and factor.diagonal().isfinite().all():
+            half = torch.linalg.solve_triangular(factor.mT, cross.double(), upper=True, left=False)
+            return torch.linalg.solve_triangular(factor, half, upper=False, left=False)
         damping = max(10 * damping, 1e-8)
