@@ -155,5 +155,6 @@ def solve(gram: Tensor, cross: Tensor, damping: float) -> Tensor:
         torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if not failed and factor.diagonal().isfinite().all():
             half = torch.linalg.solve_triangular(factor.mT, cross.double(), upper=True, left=False)
-            return torch.linalg.solve_triangular(factor, half, upper=False, left=False)
+            found: Tensor = torch.linalg.solve_triangular(factor, half, upper=False, left=False)
+            return found
         damping = max(10 * damping, 1e-8)
