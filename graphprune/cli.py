@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,24 +11,22 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Column, Table
 
 from graphprune import __version__
 from graphprune.bench import disk_bytes, figures
 from graphprune.compiler import Result, compile
-from graphprune.cost import parameters as count
 from graphprune.data import Calibration, calibrate, read_texts
 from graphprune.default import Default, default_for
 from graphprune.disk import check_fits
 from graphprune.errors import GraphpruneError, UserMistake, nearest
 from graphprune.evaluate import perplexity, published
-from graphprune.groups import Group, Groups, couple
+from graphprune.groups import couple
+from graphprune.listing import explained, rows, tables
 from graphprune.masks import sparsify, zeros
 from graphprune.output import save, save_model
-from graphprune.pieces import WHOLE, Layers, branches, layers
+from graphprune.pieces import WHOLE, branches, layers
 from graphprune.pipeline import find_pass
 from graphprune.plan import load_plan
 from graphprune.propagate import propagate
@@ -38,7 +35,6 @@ from graphprune.recover import recover
 from graphprune.replay import replay
 from graphprune.report import Amount, before_after, removals, side_by_side, strips
 from graphprune.rewrite.checkpoint import check_free
-from graphprune.select import signature
 from graphprune.source import Source, open_source
 from graphprune.streamed import Streamed, compile_streamed
 from graphprune.trace import trace
@@ -165,11 +161,11 @@ def inspect(
         axes = propagate(trace(source.model, _inputs(source)))
         found = [couple(axes), layers(axes), branches(axes)]
     if explain:
-        out.print(_explained(found, explain), markup=False, highlight=False, soft_wrap=True)
+        out.print(explained(found, explain), markup=False, highlight=False, soft_wrap=True)
     elif as_json:
-        print(json.dumps([_row(own, group.name) for own in found for group in own], indent=1))
+        print(json.dumps(rows(found), indent=1))
     else:
-        _show_groups(found)
+        out.print(*tables(found), sep="\n")
 
 
 @app.command()
@@ -423,52 +419,3 @@ def _show(result: Result | Streamed, output: Path) -> None:
         stock = f"not a stock checkpoint: {(result.pruned.obstacle or '').splitlines()[0]}"
     if leads():
         out.print(f"{output} ({Amount(disk_bytes(output), 'B')}), {stock}", markup=False, highlight=False)
-
-
-def _show_groups(found: Sequence[Groups]) -> None:
-    widths = found[0]
-    title = f"{widths.axes.trace.name}: {len(widths)} groups, {sum(map(len, found[1:]))} stacks of whole pieces"
-    columns = [Column(name, justify="right") for name in ("groups", "units", "per unit", "tensors")]
-    table = Table(Column("group", overflow="fold"), *columns, "exact", title=title, box=SIMPLE_HEAD)
-    for groups in found:
-        whole = count(groups.axes, {})
-        for alike in _alike(groups):
-            group, last = alike[0], alike[-1]
-            price = whole - count(groups.axes, {group.factor: group.size - 1})
-            exact, name = "yes" if group.exact else "no", _span(group.name, last.name)
-            table.add_row(name, str(len(alike)), str(group.size), f"{price:,}", str(len(group.members)), exact)
-    out.print(table)
-    frozen = Table(Column("frozen", overflow="fold"), Column("size", justify="right"), "why", box=SIMPLE_HEAD)
-    for item in (item for groups in found for item in groups.frozen):
-        frozen.add_row(item.members[0].name, str(item.factor.size), item.reason.what)
-    out.print(frozen)
-
-
-def _explained(found: Sequence[Groups], name: str) -> str:
-    """A width's chain of reasons, or what goes with a layer or branch."""
-    whole = (own for own in found[1:] if isinstance(own, Layers))
-    for own in whole:
-        if any(name in (group.name, piece.name) for group in own for piece in own.pieces[group.name]):
-            return own.explain(name)
-    return found[0].explain(name)
-
-
-def _alike(groups: Groups) -> list[list[Group]]:
-    """The groups, those of equal layers together."""
-    rows: dict[Any, list[Group]] = {}
-    for group in groups:
-        rows.setdefault(signature(group), []).append(group)
-    return list(rows.values())
-
-
-def _span(first: str, last: str) -> str:
-    """Two names that differ in numbers as one: ``layers.0…29.mlp``."""
-    pairs = zip(re.split(r"(\d+)", first), re.split(r"(\d+)", last), strict=False)
-    return "".join(one if one == other else f"{one}…{other}" for one, other in pairs)
-
-
-def _row(groups: Groups, name: str) -> dict[str, Any]:
-    group = groups[name]
-    return {
-        "name": name, "kind": group.kind, "size": group.size, "exact": group.exact, "members": [str(m) for m in group.members],
-    }  # fmt: skip

@@ -22,6 +22,7 @@ from graphprune.execute import execute, tensors_of
 from graphprune.facts import Emission, Example, Notes, Pruned
 from graphprune.groups import Groups, couple
 from graphprune.hidden import visible
+from graphprune.inputs import guess_inputs
 from graphprune.pieces import WHOLE, Layers, pieces
 from graphprune.pipeline import Facts, Pass, Progress, find_pass, run
 from graphprune.plan import Plan
@@ -30,7 +31,6 @@ from graphprune.rewrite.graph import PrunedGraph, Smaller, smaller
 from graphprune.rewrite.module import copy_cut, emit_module, over
 from graphprune.rewrite.stock import expressible, obviously_expressible, stock_config
 from graphprune.select import Budget, allowed_kinds, for_kind, select
-from graphprune.source import guess_inputs
 from graphprune.trace import Inputs, Trace, trace
 from graphprune.verify import check_masked, close, computes, leaves, same_draws
 

@@ -24,10 +24,10 @@ from transformers import PreTrainedModel
 from graphprune.data import Calibration
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.execute import tensors_of
+from graphprune.inputs import guess_inputs
 from graphprune.matrices import Product, ends, products
 from graphprune.pipeline import Pass, Progress, find_pass
 from graphprune.propagate import propagate, source_line
-from graphprune.source import guess_inputs
 from graphprune.trace import Inputs, Trace, exportable, trace
 
 Batches = Calibration | Sequence[Mapping[str, Tensor]]
