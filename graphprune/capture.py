@@ -264,8 +264,8 @@ def see_inputs(
             see(consumer, value.movedim(consumer.place, -1).flatten(0, -2))
         return value
 
-    nodes = list(axes.trace.graph.nodes)
-    last = max((nodes.index(node) for node, _ in by_node), default=-1)
+    nodes, reading = list(axes.trace.graph.nodes), {node for node, _ in by_node}
+    last = max((place for place, node in enumerate(nodes) if node in reading), default=-1)
     walk = Abreast(axes.trace, tensors, list(fitted(axes.trace, batches)), nodes[: last + 1], look)
     for stretch in walk.stretches(nodes[: last + 1]):
         walk.run(stretch)

@@ -176,18 +176,17 @@ def _element(
     tensors = _tensors(axes, gone)
     if not tensors:
         return Reason(f"{name} owns no tensor", way_out)
-    if shared := next((t for t in _used_inside(axes, inside) if t not in tensors and _owns(axes, name, t)), None):
+    if shared := min((t for t in _owned(axes, name, inside) if t not in tensors), default=None):
         return Reason(f"{name} owns {shared}, which others need", way_out)
     return Piece(name, ways[0], way_out, gone, tensors)
 
 
-def _used_inside(axes: Axes, inside: Iterable[fx.Node]) -> tuple[str, ...]:
-    return _tensors(axes, {operand for node in inside for operand in node.all_input_nodes})
-
-
-def _owns(axes: Axes, module: str, tensor: str) -> bool:
-    names = next(t.names for t in axes.trace.tensors.values() if t.name == tensor)
-    return any(name.startswith(f"{module}.") for name in names)
+def _owned(axes: Axes, module: str, inside: Iterable[fx.Node]) -> Iterator[str]:
+    """The module's own tensors among those that these operations read."""
+    for operand in dict.fromkeys(operand for node in inside for operand in node.all_input_nodes):
+        traced = axes.trace.tensors.get(operand.name) if operand.op == "placeholder" else None
+        if traced is not None and any(name.startswith(f"{module}.") for name in traced.names):
+            yield traced.name
 
 
 def _gives_tensors(node: fx.Node) -> bool:
