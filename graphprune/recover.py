@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from transformers.pytorch_utils import Conv1D
 
-from graphprune.data import Calibration, inference, logits_of, tokenize
+from graphprune.data import Calibration, inference, logits_of, tokenize, written
 from graphprune.errors import UserMistake, nearest
 from graphprune.pipeline import Progress
 from graphprune.ranks import add_gradients, dealt, told
@@ -36,8 +36,10 @@ Data = Calibration | Sequence[str] | Sequence[Mapping[str, Any]]
 class Recipe:
     """How to train. Training ends after ``epochs``, ``steps`` or ``minutes``, whichever comes first (None: no such limit).
 
-    ``distill`` is the weight of the teacher against the text, 1 being the teacher alone; ``top`` compares only its most likely
-    tokens and the rest as one. The rate rises over ``warmup`` steps, a tenth of all at most, and falls to zero linearly.
+    ``method`` is ``lora``, or ``full``: everything but embedding tables and the output head. ``distill`` is the weight of the
+    teacher against the text, 1 being the teacher alone; ``top`` compares only its most likely tokens and the rest as one.
+    ``written`` sequences that the teacher writes make up half of every batch. The rate rises over ``warmup`` steps, a tenth of all
+    at most, and falls to zero linearly.
     """
 
     method: str = "lora"
@@ -54,8 +56,10 @@ class Recipe:
     warmup: int = 100
     decay: float = 0.0
     clip: float = 1.0
+    beta2: float = 0.999
     distill: float = 1.0
     top: int | None = None
+    written: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,9 +73,11 @@ class Recipe:
 
 PRESETS: Mapping[str, Recipe] = {
     "llm-pruner": Recipe(),
-    "ten-minutes": Recipe(method="full", lr=1e-4, epochs=None, minutes=10, batch=4, micro=4, length=256, warmup=10),
-}
-"""LLM-Pruner's published recipe, and a guess, not yet measured, at what suits ten minutes on two CPU cores."""
+    "ten-minutes": Recipe(
+        method="full", lr=2e-4, epochs=None, minutes=10, batch=8, micro=8, warmup=5, beta2=0.95, written=128,
+    ),
+}  # fmt: skip
+"""LLM-Pruner's published recipe, and what suits ten minutes on two CPU cores (``docs/quality.md``)."""
 
 
 def recover(
@@ -90,12 +96,16 @@ def recover(
     are learnt. The same seed gives the same model, unless ``minutes`` ends the training. Ranks share each batch.
     Raises UserMistake on settings or data that cannot work.
     """
+    begun = time.monotonic()
     recipe = recipe_of(preset, settings)
-    examples = read_examples(data, tokenizer, recipe.length)
+    pools = [read_examples(data, tokenizer, recipe.length)]
+    if teacher is not None and recipe.written:
+        own = written(teacher, getattr(teacher, "config", None), recipe.written, recipe.length, recipe.seed)
+        pools.append([Example(row, row) for row in own])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         student, parameters = _trainable(deepcopy(model), recipe)
-        _train(student, parameters, teacher, examples, recipe, progress)
+        _train(student, parameters, teacher, pools, recipe, begun, progress)
     return _plain(student, model)
 
 
@@ -187,13 +197,17 @@ def _collate(examples: Sequence[Example], device: torch.device) -> tuple[dict[st
     return inputs, labels.to(device)
 
 
-def _batches(examples: Sequence[Example], recipe: Recipe) -> Iterator[list[Example]]:
-    """Shuffled anew every epoch, for as long as anybody asks."""
-    draw = torch.Generator().manual_seed(recipe.seed)
-    for _ in count():
-        order = torch.randperm(len(examples), generator=draw).tolist()
-        for start in range(0, len(order), recipe.batch):
-            yield [examples[i] for i in order[start : start + recipe.batch]]
+def _batches(pools: Sequence[Sequence[Example]], recipe: Recipe) -> Iterator[list[Example]]:
+    """As many of each pool in every batch, each shuffled anew when it is through, for as long as anybody asks."""
+    draws = [_shuffled(pool, recipe.seed + i) for i, pool in enumerate(pools)]
+    for begin in count(step=recipe.batch):
+        yield [next(draws[place % len(draws)]) for place in range(begin, begin + recipe.batch)]
+
+
+def _shuffled(examples: Sequence[Example], seed: int) -> Iterator[Example]:
+    draw = torch.Generator().manual_seed(seed)
+    while True:
+        yield from (examples[i] for i in torch.randperm(len(examples), generator=draw).tolist())
 
 
 # ── what trains ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -201,8 +215,13 @@ def _batches(examples: Sequence[Example], recipe: Recipe) -> Iterator[list[Examp
 
 def linear_names(model: nn.Module) -> list[str]:
     """Every linear layer but the output head: all projections of attention and feed-forward, whatever they are called."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = _head(model)
     return [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
+    return head
 
 
 def _trainable(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, list[nn.Parameter]]:
@@ -224,8 +243,10 @@ def _trainable(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, list[nn.Par
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers under an old name
             model = peft.get_peft_model(model, config)
     else:
+        tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+        fixed = {id(p) for m in (*tables, _head(model)) if m is not None for p in m.parameters()}
         for parameter in model.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
+            parameter.requires_grad_(parameter.is_floating_point() and id(parameter) not in fixed)
     return model, [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -247,15 +268,16 @@ def _train(
     student: nn.Module,
     parameters: list[nn.Parameter],
     teacher: nn.Module | None,
-    examples: Sequence[Example],
+    pools: Sequence[Sequence[Example]],
     recipe: Recipe,
+    begun: float,
     progress: Progress | None,
 ) -> None:
     device = parameters[0].device
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.decay)
-    total, begun, tokens = _steps(len(examples), recipe), time.monotonic(), 0
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, betas=(0.9, recipe.beta2), weight_decay=recipe.decay)
+    total, tokens = _steps(len(pools) * len(pools[0]), recipe), 0
     student.train()
-    for step, chosen in enumerate(_batches(examples, recipe)):
+    for step, chosen in enumerate(_batches(pools, recipe)):
         spent = max(step / total, told(time.monotonic() - begun) / 60 / recipe.minutes if recipe.minutes else 0.0)
         if spent >= 1:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import graphprune
 from graphprune import Calibration
+from graphprune.data import written
 from graphprune.errors import UserMistake
-from graphprune.recover import IGNORED, Recipe, divergence, linear_names, read_examples, recipe_of, recover
+from graphprune.recover import IGNORED, Example, Recipe, _batches, divergence, linear_names, read_examples, recipe_of, recover
 
 
 class Letters:
@@ -59,8 +61,9 @@ def test_a_plain_model_comes_back_and_has_learnt(method: str, tmp_path: Any) -> 
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     changed = {name for name, tensor in made.state_dict().items() if not torch.equal(tensor, before[name])}
     linear = {f"{name}.weight" for name in linear_names(model)}
-    assert changed == linear if method == "lora" else changed > linear
-    assert loss_on(made, rows()) < (0.98 if method == "lora" else 0.9) * loss_on(model, rows())
+    norms = {name for name in before if "norm" in name}
+    assert changed == linear if method == "lora" else changed == linear | norms
+    assert loss_on(made, rows()) < 0.98 * loss_on(model, rows())
     made.save_pretrained(tmp_path)
     again = LlamaForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(again(rows()).logits, made(rows()).logits)
@@ -101,7 +104,7 @@ def test_micro_batches_add_up_to_the_batch() -> None:
 def test_time_ends_the_training() -> None:
     lines: list[str] = []
     begun = time.monotonic()
-    recover(llama(), TEXT, tokenizer=Letters(), progress=lines.append, **{**QUICK, "epochs": None}, minutes=0.01)
+    recover(llama(), TEXT, tokenizer=Letters(), progress=lines.append, **{**QUICK, "epochs": None}, minutes=0.05)
     assert time.monotonic() - begun < 15 and lines and "tokens" in lines[-1]
 
 
@@ -122,7 +125,8 @@ def test_only_answers_move_the_model() -> None:
     records = [{"prompt": "ask", "response": "tell"}, {"prompt": "a", "response": "b"}]
     made = recover(llama(), records, tokenizer=Letters(), method="full", steps=1, batch=2, micro=2, length=32, lr=1e-3, clip=1e9)
     model = llama()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    inner = [parameter for name, parameter in model.named_parameters() if ".layers." in name or ".norm." in name]
+    optimizer = torch.optim.AdamW(inner, lr=1e-3, weight_decay=0.0)
     total, wanted = torch.zeros(()), 0
     for example in read_examples(records, Letters(), 32):
         logits = model(input_ids=example.ids[None]).logits[0]
@@ -134,6 +138,27 @@ def test_only_answers_move_the_model() -> None:
     optimizer.step()
     for one, other in zip(made.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-5)
+
+
+def test_batches_hold_as_much_of_each_pool_and_all_of_it_in_turn() -> None:
+    pools = [[Example(torch.tensor([kind, i]), torch.tensor([kind, i])) for i in range(size)] for kind, size in ((0, 6), (1, 3))]
+    drawn = [[tuple(e.ids.tolist()) for e in batch] for batch in islice(_batches(pools, Recipe(batch=4)), 6)]
+    assert all(sum(kind for kind, _ in batch) == 2 for batch in drawn)
+    small = [i for batch in drawn for kind, i in batch if kind == 1]
+    assert [sorted(small[start : start + 3]) for start in range(0, 12, 3)] == [[0, 1, 2]] * 4
+
+
+def test_the_teacher_writes_half_of_what_is_learnt() -> None:
+    teacher, model = llama(), llama(initializer_range=0.1)
+    settings: dict[str, Any] = {**QUICK, "method": "full", "teacher": teacher, "epochs": 12}
+    plain, both = (recover(model, TEXT, tokenizer=Letters(), written=n, **settings) for n in (0, 8))
+    own = written(teacher, teacher.config, 16, 16, seed=7)
+
+    def apart(student: nn.Module) -> float:
+        with torch.no_grad():
+            return float(divergence(student(own).logits.flatten(0, 1), teacher(own).logits.flatten(0, 1)))
+
+    assert apart(both) < apart(plain)
 
 
 def test_divergence_is_kl_and_top_of_it_bounds_it_from_below() -> None:
