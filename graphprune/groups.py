@@ -153,10 +153,9 @@ def _kinds(axes: Axes, graph: nx.MultiDiGraph, roles: Roles, members: Mapping[Fa
                 joint[factor].add(use.role)
             elif use.role == "free" and use.operand not in axes.activations:
                 written[factor][_is_convolution(use.node.target)] += 1
-    added, gated = (
-        {key for _, target, key in graph.edges(keys=True) if isinstance(target, Join) and target.multiplicative is multiplied}
-        for multiplied in (False, True)
-    )
+    arriving = Counter((target, key) for _, target, key in graph.edges(keys=True) if isinstance(target, Join))
+    gated = {key for join, key in arriving if join.multiplicative}
+    added = {key for (join, key), sources in arriving.items() if sources > 1 and not join.multiplicative}
     normed = axes.renormalised.keys() - gated
     heads = _covers(axes, {factor for factor, found in joint.items() if "batch" in found})
     return {factor: _kind(factor, joint[factor], heads, written[factor], factor in added or factor in normed) for factor in members}

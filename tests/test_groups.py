@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from graphprune.axes import Keep
@@ -238,3 +239,25 @@ def test_explain_follows_aliases_and_offers_the_nearest_name() -> None:
     assert subject("Tied").groups.explain("decode.weight") == subject("Tied").groups.explain("encode.weight")
     with pytest.raises(UserMistake, match=r"stem\.weight"):
         subject("Conflict").groups.explain("stem.wieght")
+
+
+class NormedInside(nn.Module):
+    """A feed-forward layer whose gated inside is normalised before it is read, the norm written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate, self.up, self.down, self.last = (
+            nn.Linear(6, 10), nn.Linear(10, 24), nn.Linear(10, 24), nn.Linear(24, 10), nn.Linear(10, 3),
+        )  # fmt: skip
+        self.scale = nn.Parameter(torch.rand(24))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        inner = self.gate(x).relu() * self.up(x)
+        inner = inner * torch.rsqrt(inner.pow(2).mean(-1, keepdim=True) + 1e-5) * self.scale
+        return self.last(x + self.down(inner))
+
+
+def test_a_norm_inside_a_gated_layer_does_not_make_it_a_stream() -> None:
+    groups = couple(propagate(trace(NormedInside(), torch.randn(2, 6))))
+    assert sorted((group.kind, group.size) for group in groups) == [("ffn", 24), ("hidden", 10)]
