@@ -184,7 +184,7 @@ class Unlike(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = self.one(x).relu().split([self.width, self.width], -1)
-        return self.two(left) + right.sum(-1, keepdim=True)
+        return self.two(left) + right.mean(-1, keepdim=True)
 
 
 @pytest.mark.parametrize(
