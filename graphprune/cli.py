@@ -18,7 +18,7 @@ from graphprune import __version__
 from graphprune.bench import disk_bytes, figures
 from graphprune.compiler import Result, compile
 from graphprune.data import Calibration, calibrate, read_texts
-from graphprune.default import Default, default_for
+from graphprune.default import default_for
 from graphprune.disk import check_fits
 from graphprune.errors import GraphpruneError, UserMistake, nearest
 from graphprune.evaluate import perplexity, published
@@ -26,7 +26,7 @@ from graphprune.groups import couple
 from graphprune.listing import explained, rows, tables
 from graphprune.masks import sparsify, zeros
 from graphprune.output import save, save_model
-from graphprune.pieces import WHOLE, branches, layers
+from graphprune.pieces import branches, layers
 from graphprune.pipeline import find_pass
 from graphprune.plan import load_plan
 from graphprune.propagate import propagate
@@ -122,8 +122,7 @@ def compile_(
     with _progress() as show:
         show("opening")
         source = open_source(model, dtype=_dtype(dtype), weights=not stream)
-        whole = not set(WHOLE).isdisjoint(_listed(kinds) or ())
-        default = default_for(source.model, calibration is not None and not stream, whole) if method is None else Default(method)
+        default = default_for(source.model, calibration is not None and not stream, _listed(kinds) or (), method)
         steps = [*map(find_pass, (default.method, *default.passes)), *asked[bool(method) :]]
         settings: dict[str, Any] = {
             "keep": keep, "keep_of": keep_of, "method": steps[0], "kinds": _listed(kinds), "scope": scope or default.scope,

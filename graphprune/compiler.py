@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 from graphprune.axes import Keep
 from graphprune.data import Calibration
-from graphprune.default import Default, default_for
+from graphprune.default import default_for
 from graphprune.depth import as_groups, rewrite_pieces, select_pieces
 from graphprune.errors import GraphpruneError, HiddenSize, ModelLimit, UserMistake
-from graphprune.execute import execute, tensors_of
+from graphprune.execute import tensors_of
 from graphprune.facts import Emission, Example, Notes, Pruned
 from graphprune.groups import Groups, couple
 from graphprune.hidden import visible
@@ -32,7 +32,7 @@ from graphprune.rewrite.module import copy_cut, emit_module, over
 from graphprune.rewrite.stock import expressible, obviously_expressible, stock_config
 from graphprune.select import Budget, allowed_kinds, for_kind, select
 from graphprune.trace import Inputs, Trace, trace
-from graphprune.verify import check_masked, close, computes, leaves, same_draws
+from graphprune.verify import check_masked, close, computes, reference
 
 TRIED_STEPS = 8
 """How many roundings are tried to find sizes a config accepts."""
@@ -97,7 +97,7 @@ def compile(  # noqa: A001  the product's own verb
     """
     torch.manual_seed(seed)
     whole = not set(WHOLE).isdisjoint(kinds or ())
-    default = default_for(model, calibration is not None, whole) if method is None else Default(method)
+    default = default_for(model, calibration is not None, kinds or (), method)
     shrink_alike = _alike(model, alike, emit)
     budget = Budget(
         keep, keep_of, scope or default.scope, kinds, tuple(protect), round_to, minimum, shrink_alike, dict(target or {})
@@ -260,11 +260,10 @@ def rewrite(model: nn.Module, groups: Groups, plan: Plan, example: Example, emis
 
 
 def _as_module(model: nn.Module, axes: Axes, keep: Keep, cut: Smaller, inputs: Sequence[Any], example: Example) -> Pruned:
-    with same_draws():
-        reference = leaves(execute(axes.trace, cut.tensors, inputs, graph=cut.graph))
+    wanted = reference(axes.trace, cut.tensors, inputs, cut.graph)
 
     def accept(emitted: nn.Module) -> bool:
-        return close(emitted, example.inputs, reference)
+        return close(emitted, example.inputs, wanted)
 
     emitted, obstacle = copy_cut(model, axes, cut.tensors), "a plain module has no config"
     if isinstance(model, PreTrainedModel):
@@ -272,7 +271,7 @@ def _as_module(model: nn.Module, axes: Axes, keep: Keep, cut: Smaller, inputs: S
             return Pruned(emitted, config=stock_config(model, emitted, axes, keep, accept))
         except ModelLimit as limit:
             obstacle = str(limit)
-    runs = partial(computes, inputs=example.inputs, reference=reference)
+    runs = partial(computes, inputs=example.inputs, wanted=wanted)
     emitted, attributes = emit_module(model, over(model, emitted), axes, keep, runs)
     return Pruned(emitted, obstacle=obstacle, attributes=attributes)
 

@@ -5,12 +5,14 @@ Without data it is magnitude. For a language model with text it is what ``docs/q
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+
+from graphprune.pieces import WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +32,15 @@ CALIBRATED = Default("obs", "global", ("self_written", READERS), samples=32, len
 INFLUENCE = Default("short_gpt")
 
 
-def default_for(model: nn.Module, calibrated: bool, whole: bool = False) -> Default:
-    """The recipe for a model that writes text, where there is calibration data; the data-free one otherwise.
-
-    Of ``whole`` pieces it is block influence, where there is data.
+def default_for(
+    model: nn.Module, calibrated: bool, kinds: Collection[str] = (), method: str | Callable[..., Any] | None = None
+) -> Default:
+    """The ``method`` that was asked for; else the recipe for a model that writes text, where there is calibration data, and the
+    data-free one otherwise. Of whole pieces it is block influence, where there is data.
     """
-    if whole:
+    if method is not None:
+        return Default(method)
+    if not set(WHOLE).isdisjoint(kinds):
         return INFLUENCE if calibrated else PLAIN
     writes = isinstance(model, PreTrainedModel) and model.can_generate() and not model.config.is_encoder_decoder
     return CALIBRATED if calibrated and writes else PLAIN

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from graphprune.cost import MEASURES, cost
 from graphprune.errors import ModelLimit, UserMistake
-from graphprune.execute import execute, tensors_of
+from graphprune.execute import tensors_of
 from graphprune.facts import Emission, Example, Pruned
 from graphprune.groups import Group, Groups, matches
 from graphprune.pieces import Layers, Piece, bypassed
@@ -27,7 +27,7 @@ from graphprune.rewrite.reshaped import Elements
 from graphprune.rewrite.shallow import shrink_depth
 from graphprune.score import Scores
 from graphprune.select import Budget, for_kind
-from graphprune.verify import close, leaves
+from graphprune.verify import close, reference
 
 COUNTED = ("parameters", "bytes", "flops")
 """Costs that are counted tensor by tensor and product by product, so that those of a piece can be left out."""
@@ -124,21 +124,21 @@ def rewrite_pieces(model: nn.Module, layers: Layers, plan: Plan, example: Exampl
     if emission.emit == "graph":
         return Pruned(PrunedGraph(trace, graph, tensors), obstacle="a graph has no config")
     stays = _elements_left(layers, removed)
-    reference = leaves(execute(trace, tensors, trace.flatten(example.inputs), graph=graph))
+    wanted = reference(trace, tensors, trace.flatten(example.inputs), graph)
     obstacle = "a plain module has no config"
     if isinstance(model, PreTrainedModel):
         smaller = without_elements(model, stays)
         try:
             config = shrink_depth(model, stays)
             adopt(smaller, build_meta(type(model), config))
-            if close(smaller, example.inputs, reference):
+            if close(smaller, example.inputs, wanted):
                 return Pruned(smaller, config=config)
             obstacle = "the config for this depth computes something else"
         except ModelLimit as limit:
             obstacle = str(limit)
     plain = without_elements(model, stays, renumber=False)
     for smaller in (without_elements(model, stays), plain):
-        if close(smaller, example.inputs, reference):
+        if close(smaller, example.inputs, wanted):
             return Pruned(smaller, obstacle=obstacle, attributes=attributes_between(plain, smaller), elements=stays)
     raise ModelLimit(f"{type(model).__name__} does not run without {removed[0].name}", why=obstacle, fix='emit="graph"')
 

@@ -16,13 +16,13 @@ from torch import nn
 
 from graphprune.axes import Factor, Keep
 from graphprune.errors import HiddenSize
-from graphprune.execute import execute, tensors_of
+from graphprune.execute import tensors_of
 from graphprune.facts import Example
 from graphprune.groups import Group, Groups
 from graphprune.rewrite.graph import smaller
 from graphprune.rewrite.module import copy_cut, emit_module
 from graphprune.select import signature
-from graphprune.verify import computes, leaves, same_draws
+from graphprune.verify import computes, reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,6 @@ def _emit(model: nn.Module, groups: Groups, keep: Keep, example: Example) -> Non
     axes = groups.axes
     tensors, inputs = tensors_of(model, axes.trace), axes.trace.flatten(example.inputs)
     cut = smaller(axes, tensors, keep)
-    with same_draws():
-        reference = leaves(execute(axes.trace, cut.tensors, inputs, graph=cut.graph))
-    accept = partial(computes, inputs=example.inputs, reference=reference)
+    wanted = reference(axes.trace, cut.tensors, inputs, cut.graph)
+    accept = partial(computes, inputs=example.inputs, wanted=wanted)
     emit_module(model, copy_cut(model, axes, cut.tensors), axes, keep, accept)

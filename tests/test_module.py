@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune.errors import ModelLimit
+from graphprune.verify import Reference
 from tests.models import sharpened
 
 
@@ -352,3 +353,32 @@ def test_a_number_that_only_happens_to_be_equal_stays() -> None:
     smaller: Any = result.model
     assert smaller.heads.out.in_features < 24
     assert smaller.patience == 8
+
+
+class Recomputed(nn.Module):
+    """A scale that the code takes from a size, of little weight beside the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.up(x).relu()
+        return x + 1e-4 * self.down(inner * inner.shape[-1] ** 0.5)
+
+
+def test_a_small_difference_that_is_no_rounding_is_seen() -> None:
+    torch.manual_seed(0)
+    model, x = Recomputed(), torch.randn(4, 5, 8)
+    with pytest.raises(graphprune.errors.HiddenSize, match="hides a size"):
+        graphprune.compile(model, x, keep=0.5)
+    assert graphprune.compile(model, x, keep=0.5, emit="graph").plan.cuts
+
+
+@pytest.mark.parametrize(
+    ("rounding", "gap", "same"), [(3e-6, 1e-5, True), (3e-6, 1e-4, False), (1e-8, 1e-5, False), (0.0, 1e-6, True)]
+)
+def test_rounding_is_measured_on_the_model(rounding: float, gap: float, same: bool) -> None:
+    """Ten times what single precision loses on the model itself may pass, and what any order of operations loses."""
+    wanted = Reference([torch.ones(3)], lambda: [torch.full((3,), 1 + rounding, dtype=torch.float64)])
+    assert wanted.agrees([torch.full((3,), 1 + gap)]) is same
