@@ -204,10 +204,10 @@ def _rows(spec: str, source: Feed, samples: int, length: int, seed: int) -> tupl
 def written(model: nn.Module, config: Any, samples: int, length: int, seed: int = 0) -> Tensor:
     """Sequences (samples, length) that a language model itself writes at temperature 1, each packed from pieces of 128 tokens.
 
-    The first, third, … piece begins with its beginning-of-sequence token, the others with a token at random, as in LLM-QAT
-    (arXiv 2305.17888): what a model says of its own accord is narrower than what it knows. Raises UserMistake when it cannot.
+    The first, third, … piece begins with its beginning-of-sequence token, if it has one, the others with a token at random, as in
+    LLM-QAT (arXiv 2305.17888): what a model says of its own accord is narrower than what it knows. Raises UserMistake when it
+    cannot.
     """
-    start = _start_token(config)
     device = next(model.parameters()).device
     if device.type == "meta" or getattr(config, "is_encoder_decoder", False):
         why = "its weights are not loaded" if device.type == "meta" else "it needs an input to answer"
@@ -215,8 +215,10 @@ def written(model: nn.Module, config: Any, samples: int, length: int, seed: int 
     draw = torch.Generator().manual_seed(seed)
     tokens = min(PIECE, length)
     pieces = samples * -(-length // tokens)
-    first = torch.full((pieces, 1), start)
-    first[1::2] = ordinary_ids(config.vocab_size, _special(config), (pieces // 2, 1), draw)
+    first = ordinary_ids(config.vocab_size, _special(config), (pieces, 1), draw)
+    start = _named_start(config)
+    if start is not None:
+        first[::2] = start
     prompts = torch.split(first.to(device), SAMPLED_AT_ONCE)
     rows = torch.cat([decode(model, prompt, lambda logits: _sampled(logits, draw), tokens - 1).cpu() for prompt in prompts])
     return rows.reshape(samples, -1)[:, :length]
@@ -232,11 +234,18 @@ def _sampled(logits: Tensor, draw: torch.Generator) -> Tensor:
 
 
 def _start_token(config: Any) -> int:
+    start = _named_start(config)
+    if start is None:
+        raise UserMistake("the model names no token to begin with", fix="calibrate on random ids")
+    return start
+
+
+def _named_start(config: Any) -> int | None:
     for name in ("bos_token_id", "decoder_start_token_id", "eos_token_id"):
         token = getattr(config, name, None)
         if token is not None:
             return int(token[0] if isinstance(token, list | tuple) else token)
-    raise UserMistake("the model names no token to begin with", fix="calibrate on a text, or on random ids")
+    return None
 
 
 def _special(config: Any) -> list[int]:

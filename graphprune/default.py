@@ -28,7 +28,7 @@ class Default:
 
 PLAIN = Default("magnitude")
 READERS = "least_squares:given=then:aim=outputs:where=readers:even=false:damping=1"
-CALIBRATED = Default("obs", "global", ("self_written", READERS), samples=32, length=512)
+CALIBRATED = Default("obs", "global", ("self_written", "sensitivity", READERS), samples=32, length=512)
 INFLUENCE = Default("short_gpt")
 
 

@@ -12,7 +12,8 @@ multiplied by a root of G = mean g·gᵀ, g = ∂L/∂(Wx) (the Kronecker-factor
 then counts for what it does to the loss, and layers and kinds can be compared: ``scope="global"``.
 
 A unit's score is the cost at the time it went, never less than that of an earlier one. Several readers add up. The updates are not
-kept: ``least_squares`` refits once the plan is known, to the same weights.
+kept: ``least_squares`` refits once the plan is known, to the same weights. Groups that no ordinary product reads (stacked experts,
+the state of a recurrence) get their first-order Taylor scores, which ``sensitivity`` makes comparable to the others.
 ``graphprune.compile(model, method="obs", scope="global", alike=False, calibration=c, passes=["least_squares"])``
 """
 
@@ -20,16 +21,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
+from transformers.pytorch_utils import Conv1D
 
 from graphprune import Axes, Calibration, Group, Groups, Scores
-from graphprune.capture import fitted, readers, see_output_gradients
-from graphprune.errors import ModelLimit
+from graphprune.axes import Factor
+from graphprune.capture import consumers, fitted, see_output_gradients
 from graphprune.execute import execute, tensors_of
 from graphprune.matrices import Contracted, Product, products
+from graphprune.pipeline import find_pass, run
+
+PRODUCTS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Modules whose output is their product: what the loss thinks of it is seen there. Other products go without ``gradients``."""
 
 
 @dataclass
@@ -81,15 +87,18 @@ def obs(
 
     One forward over all of the calibration, one backward over its first ``gradient_samples`` rows.
     """
-    reading = _reading(groups)
+    reading, others = _reading(groups)
     grams = _grams(model, groups, calibration, {product for found in reading.values() for product, _ in found})
     roots = _roots(model, calibration, reading, gradient_samples) if gradients else {}
     weights = dict(model.named_parameters(remove_duplicate=False))
     found = {}
-    for group in groups:
-        surgeons = [_surgeon(p, unit, weights[p.weight], grams[p], roots.get(p.weight), damping) for p, unit in reading[group.name]]
-        found[group.name] = _greedy(surgeons, group, block)
-    return Scores(found, f"obs{' with gradients' if gradients else ''}")
+    for name, read in reading.items():
+        surgeons = [_surgeon(p, unit, weights[p.weight], grams[p], roots.get(p.weight), damping) for p, unit in read]
+        found[name] = _greedy(surgeons, groups[name], block)
+    if others:
+        left = {nn.Module: model, Groups: replace(groups, groups=others), Calibration: calibration}
+        found |= run([find_pass("taylor")], left)[Scores].units
+    return Scores(found, f"obs{' with gradients' if gradients else ''}{', taylor where nothing can make up' if others else ''}")
 
 
 def _greedy(surgeons: list[Surgeon], group: Group, block: float) -> Tensor:
@@ -111,17 +120,21 @@ def _greedy(surgeons: list[Surgeon], group: Group, block: float) -> Tensor:
 # ── statistics ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _reading(groups: Groups) -> dict[str, list[tuple[Product, Tensor]]]:
-    """For each group, the products that read it, and the unit that each of their inputs belongs to (-1 for none)."""
-    consuming = {name: {(c.weight, c.dim) for c in found} for name, found in readers(groups).items()}
+def _reading(groups: Groups) -> tuple[dict[str, list[tuple[Product, Tensor]]], tuple[Group, ...]]:
+    """For each group the products that read it, with the unit that each of their inputs belongs to; and the groups whose units
+    no product reads, or only among other inputs."""
     every = [(product, *_input_axis(product)) for product in products(groups.axes)]
+    consumed: dict[Factor, set[tuple[str, int]]] = defaultdict(set)
+    for consumer in consumers(groups.axes):
+        for factor in consumer.axis.factors:
+            consumed[factor].add((consumer.weight, consumer.dim))
     found: dict[str, list[tuple[Product, Tensor]]] = {}
     for group in groups:
-        mine = [(p, span) for p, dim, span in every if (p.weight, dim) in consuming[group.name]]
-        found[group.name] = [(p, _units(p, group, groups.axes, span)) for p, span in mine]
-        if not mine or any((unit < 0).any() for _, unit in found[group.name]):
-            raise ModelLimit(f"{group.name} is not all that its reader reads", fix="score it by another method")
-    return found
+        reads = {(m.name, m.dim) for m in group.members if m.role == "consumes"} & consumed[group.factor]
+        mine = [(p, _units(p, group, groups.axes, span)) for p, dim, span in every if (p.weight, dim) in reads]
+        if reads and {p.weight for p, _ in mine} == {name for name, _ in reads} and all((unit >= 0).all() for _, unit in mine):
+            found[group.name] = mine
+    return found, tuple(group for group in groups if group.name not in found)
 
 
 def _input_axis(product: Product) -> tuple[int, bool]:
@@ -162,7 +175,8 @@ def _roots(
 ) -> dict[str, Tensor]:
     """For each weight a root R of mean g·gᵀ over positions, Rᵀ·R = G (rows, rows), float64; g = ∂(summed loss)/∂output."""
     found = {product.weight: product for products_ in reading.values() for product, _ in products_}
-    owner = {name.rpartition(".")[0]: name for name in found}
+    places = {name.rpartition(".")[0]: name for name in found}
+    owner = {place: name for place, name in places.items() if isinstance(model.get_submodule(place), PRODUCTS)}
     sums: dict[str, Tensor] = {}
     count: dict[str, int] = defaultdict(int)
 

@@ -37,7 +37,8 @@ def test_the_recipe_with_text(model: Any, text: Calibration) -> None:
     assert result.plan.method.startswith("obs")
     assert result.plan.options["scope"] == "global"
     assert result.pruned.config is not None
-    plain = graphprune.compile(model, keep=0.7, kinds=["ffn"], calibration=text, method="obs", scope="global", passes=["self_written"])
+    unrepaired = {"method": "obs", "scope": "global", "passes": ["self_written", "sensitivity"]}
+    plain = graphprune.compile(model, keep=0.7, kinds=["ffn"], calibration=text, **unrepaired)
     assert plain.plan.cuts == result.plan.cuts
     changed = [
         name
@@ -69,3 +70,18 @@ def test_self_written_batches_take_turns_with_the_given_ones(model: Any, text: C
     assert [any(batch is given for given in text.batches) for batch in both.batches] == [True, False, True, False, True, True]
     again = self_written(model, text, most=4)
     assert all(torch.equal(one, other) for one, other in zip(both.batches, again.batches, strict=True))
+
+
+def test_units_that_no_product_reads_are_scored_too(model: Any, text: Calibration) -> None:
+    """Queries and keys meet each other only."""
+    result = graphprune.compile(model, keep=0.7, kinds=["qk_width", "ffn"], calibration=text, emit="graph", verify=False)
+    assert "taylor where" in result.plan.method and result.plan.cuts
+
+
+def test_a_model_without_a_token_to_begin_with_begins_anywhere(text: Calibration) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    no_start = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    config = hf.MixtralConfig(vocab_size=1000, num_local_experts=3, num_experts_per_tok=2, **sizes, **no_start)
+    result = graphprune.compile(hf.MixtralForCausalLM(config).eval(), keep=0.8, calibration=text)
+    assert result.plan.method.startswith("obs") and result.plan.cuts
