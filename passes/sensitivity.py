@@ -40,7 +40,8 @@ def sensitivity(
 ) -> Scores:
     """Scores (units,) in nats a prediction. Raises UserMistake unless ``0 < share < 1``, ModelLimit without logits.
 
-    ``samples`` rows are read, the first ones of the first batches, so that text of all kinds in a mixture is among them.
+    ``samples`` rows are read, or as many as were traced, the first ones of the first batches, so that text of all kinds in a
+    mixture is among them.
     """
     if not 0 < share < 1:
         raise UserMistake(f"share is {share}", fix="give a number between 0 and 1, 0.2 for instance")
@@ -53,11 +54,14 @@ def sensitivity(
     tensors = tensors_of(model, axes.trace)
     lost: dict[str, float] = defaultdict(float)
     predictions = 0
-    for flat in fitted(axes.trace, islice(_rows(calibration), samples)):
+    traced = next((len(value) for value in axes.trace.example if isinstance(value, Tensor) and value.ndim), 1)
+    for flat in fitted(axes.trace, islice(_rows(calibration), max(samples, traced))):
         found = _distances(axes, tensors, flat, kept)
         predictions += found.pop("")
         for name, distance in found.items():
             lost[name] += distance
+    if not predictions:
+        raise UserMistake(f"no {traced} rows of calibration to measure on", fix="give as many rows as the model was traced with")
     foreseen = {name: float(scores[name][units].sum()) for name, units in lowest.items()}
     scale = {name: lost[name] / predictions / foreseen[name] if foreseen[name] > 0 else 0.0 for name in lowest}
     least = LEAST * median(scale.values())

@@ -34,7 +34,9 @@ assert "graphprune" not in sys.modules
 def test_a_stranger_loads_a_stock_checkpoint(tmp_path: Path) -> None:
     result = graphprune.compile(llama(), {"input_ids": tokens()}, keep=0.6, kinds=["head", "ffn"])
     graphprune.save(result, tmp_path / "out")
-    run = subprocess.run([sys.executable, "-c", STRANGER, tmp_path / "out"], capture_output=True, text=True, check=True, cwd=tmp_path)
+    run = subprocess.run(
+        [sys.executable, "-c", STRANGER, tmp_path / "out"], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
     same, total = run.stdout.split()
     with torch.no_grad():
         expected = result.model(torch.tensor([[5, 17, 3, 60, 9]])).logits.double().sum().item()
@@ -75,7 +77,9 @@ def test_layers_that_differ_round_trip_with_and_without_graphprune(build: Any, t
         with torch.no_grad():
             torch.testing.assert_close(loaded.eval()(ids).logits, result.model(ids).logits)
     if build is not bert:
-        written = [m.generate(ids, max_new_tokens=5, do_sample=False, use_cache=c) for m, c in ((loaded, True), (result.model, False))]
+        written = [
+            m.generate(ids, max_new_tokens=5, do_sample=False, use_cache=c) for m, c in ((loaded, True), (result.model, False))
+        ]
         assert torch.equal(*written)
 
 

@@ -311,6 +311,8 @@ def test_sensitivity_measures_what_masking_does(llama: nn.Module, groups: Groups
         torch.testing.assert_close(found[ffn(layer)][lowest].sum(), apart, rtol=1e-4, atol=1e-9, check_dtype=False)
         ratio = found[ffn(layer)] / plain[ffn(layer)]
         torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
+    few = sensitivity(llama, groups, calibration, plain, share=0.25, samples=1)
+    assert all((few[group.name] > 0).any() for group in groups)
     with pytest.raises(UserMistake, match="between 0 and 1"):
         sensitivity(llama, groups, calibration, plain, share=1.0)
 

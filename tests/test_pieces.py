@@ -313,7 +313,9 @@ def test_what_reads_no_unit_says_so() -> None:
 def test_block_influence_is_one_minus_the_cosine_of_what_enters_and_leaves() -> None:
     model, batches = deep_llama(), calibration()
     layers = found(model, batches[0])
-    scores = graphprune.pipeline.find_pass("short_gpt")({nn.Module: model, graphprune.Layers: layers, graphprune.Calibration: given(batches)})
+    scores = graphprune.pipeline.find_pass("short_gpt")(
+        {nn.Module: model, graphprune.Layers: layers, graphprune.Calibration: given(batches)}
+    )
     states = []
     for layer in model.model.layers:
         layer.register_forward_hook(lambda _, inputs, output: states.append((inputs[0], output)))
@@ -344,7 +346,9 @@ def test_the_angular_variant_removes_the_contiguous_block_that_turns_least() -> 
 def test_a_layer_s_taylor_score_is_the_sum_over_its_weights() -> None:
     model, batches = deep_llama(), calibration(1)
     layers = found(model, batches[0])
-    scores = graphprune.pipeline.find_pass("taylor")({nn.Module: model, graphprune.Groups: layers, graphprune.Calibration: given(batches)})
+    scores = graphprune.pipeline.find_pass("taylor")(
+        {nn.Module: model, graphprune.Groups: layers, graphprune.Calibration: given(batches)}
+    )
     loss = model(**batches[0], labels=batches[0]["input_ids"]).loss
     loss.backward()
     expected = [sum((p * p.grad).abs().sum() for p in layer.parameters()) for layer in model.model.layers]

@@ -104,7 +104,9 @@ def drawn(rows: int = 6) -> graphprune.Calibration:
     return graphprune.Calibration(tuple({"input_ids": pair} for pair in ids.split(2)), "drawn")
 
 
-@pytest.mark.parametrize(("method", "repair"), [("wanda_sp", ()), ("minitron", ()), ("taylor", ()), ("flap", ("least_squares:damping=0.01",))])
+@pytest.mark.parametrize(
+    ("method", "repair"), [("wanda_sp", ()), ("minitron", ()), ("taylor", ()), ("flap", ("least_squares:damping=0.01",))]
+)
 def test_scores_and_repairs_from_disk_are_those_from_memory(
     tmp_path: Path, method: str, repair: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,7 +164,6 @@ def test_a_weight_in_a_file_is_not_silently_changed_in_memory(tmp_path: Path) ->
     assert torch.equal(tensors(source)["model.norm.weight"], 2 * before)
 
 
-
 def test_what_needs_the_whole_model_says_so_and_writes_nothing(tmp_path: Path) -> None:
     source = saved(tmp_path / "model")
     for options, words in (
@@ -192,7 +193,9 @@ def test_a_model_that_does_not_fit_is_refused_with_the_way_out(
         main(["compile", str(source), "-o", str(out)])
     assert "--stream" in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"^0$"):
-        main(["compile", str(source), "-o", str(out), "--stream", "--keep", "0.7", "--method", "wanda_sp", "--calibration", "random"])
+        main(
+            ["compile", str(source), "-o", str(out), "--stream", "--keep", "0.7", "--method", "wanda_sp", "--calibration", "random"]
+        )
     plan = str(out / "graphprune_plan.json")
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["apply", plan, str(source), "-o", str(tmp_path / "again"), "--stream"])
