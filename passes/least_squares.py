@@ -6,7 +6,7 @@ correction of the sliced weight, so that damping pulls towards what is known to 
 
     E = Y − W_S·X_S        W′ = W_S + E·X_Sᵀ · (X_S·X_Sᵀ + λ·diag(X_S·X_Sᵀ))⁻¹
 
-in float64 (X·Xᵀ is summed in float32 or better), λ raised tenfold while a factorisation fails. A bias that the product has is
+in float64, sums over batches included, λ raised tenfold while a factorisation fails. A bias that the product has is
 fitted along. Unless ``damping`` says it, λ is chosen weight by weight: the one whose fit to either half of the batches (even,
 odd) leaves the least error on the other, and no change where none leaves less than before. Where batches of two kinds of text
 alternate, that is what carries over from each kind to the other. Three choices:
@@ -108,7 +108,7 @@ def _repair(
             x, missing = x / size, missing / size
         half = place % 2 if damping is None else 0
         for name, product in ((("gram", half), x.T @ x), (("cross", half), missing.T @ x)):
-            sums[name] = sums[name].add_(product) if name in sums else product
+            sums[name] = sums[name].add_(product) if name in sums else product.double()
     change = _change(summed(sums), damping)
     width = len(site.kept)
     repaired = matrix.double() + change[:, :width]
@@ -129,7 +129,7 @@ def _change(sums: Mapping[tuple[str, int], Tensor], damping: float | None) -> Te
 def carried(one: Moments, other: Moments) -> Tensor:
     """The correction from two halves together, λ being the one that serves each half best when fitted to the other; or zero.
 
-    The first half is used up. Held are both squares of inputs², in float32 for most models, and a factor in float64.
+    The first half is used up. Held are both squares of inputs² and a factor, float64.
     """
     best, least = None, 0.0
     for damping in DAMPINGS:
