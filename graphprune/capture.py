@@ -179,7 +179,7 @@ SeeInput = Callable[[Consumer, Tensor], None]
 
 def consumers(axes: Axes) -> tuple[Consumer, ...]:
     """Every place where a weight contracts an activation, in execution order (a tied weight may appear twice)."""
-    weights = {node: tensor.name for node in axes.trace.graph.nodes if (tensor := axes.trace.tensors.get(node.name))}
+    weights = _weights(axes)
     met: dict[fx.Node, list[Any]] = defaultdict(list)
     for use in axes.uses:
         if use.role == "contracted":
@@ -189,8 +189,33 @@ def consumers(axes: Axes) -> tuple[Consumer, ...]:
         for mine in uses:
             for other in uses:
                 if mine.operand in weights and other.operand not in weights and mine.axis == other.axis:
-                    found.append(Consumer(node, other.operand, other.dim, weights[mine.operand], mine.dim, mine.axis))
+                    name, turned = weights[mine.operand]
+                    dim = 1 - mine.dim if turned else mine.dim
+                    found.append(Consumer(node, other.operand, other.dim, name, dim, mine.axis))
     return tuple(found)
+
+
+def _weights(axes: Axes) -> dict[fx.Node, tuple[str, bool]]:
+    """The nodes that are a weight, and whether they are it turned (``x @ weight.T``)."""
+    found: dict[fx.Node, tuple[str, bool]] = {}
+    for node in axes.trace.graph.nodes:
+        tensor = axes.trace.tensors.get(node.name)
+        if node.op == "placeholder" and tensor is not None:
+            found[node] = (tensor.name, False)
+        for operand in node.all_input_nodes[:1]:
+            name, turned = found.get(operand, ("", False))
+            if name and len(axes.tensors[name]) == 2 and _is_turned(node):
+                found[node] = (name, not turned)
+    return found
+
+
+def _is_turned(node: fx.Node) -> bool:
+    """Whether a node is its matrix with rows as columns."""
+    name = getattr(getattr(node.target, "_schema", None), "name", "")
+    given: Any = node.args[1:]
+    if name == "aten::permute":
+        return [dim % 2 for dim in given[0]] == [1, 0]
+    return name in ("aten::t", "aten::numpy_T", "aten::mT") or (name == "aten::transpose" and {dim % 2 for dim in given} == {0, 1})
 
 
 def readers(groups: Groups) -> dict[str, tuple[Consumer, ...]]:

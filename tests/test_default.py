@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as hf
 from graphprune.passes.self_written import self_written
+from torch import Tensor, nn
 
 import graphprune
 from graphprune import Calibration
@@ -85,3 +86,30 @@ def test_a_model_without_a_token_to_begin_with_begins_anywhere(text: Calibration
     config = hf.MixtralConfig(vocab_size=1000, num_local_experts=3, num_experts_per_tok=2, **sizes, **no_start)
     result = graphprune.compile(hf.MixtralForCausalLM(config).eval(), keep=0.8, calibration=text)
     assert result.plan.method.startswith("obs") and result.plan.cuts
+
+
+class Turned(nn.Module):
+    """Weights written as (out, in) and turned where they are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(12, 8)), nn.Parameter(torch.randn(8, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = (x @ self.up.T).relu()
+        turned: Tensor = inner @ self.down.transpose(0, 1)
+        return x + turned
+
+
+def test_a_product_with_a_turned_weight_is_a_product() -> None:
+    """Least squares at λ → 0 finds the closed form, W·C[:,S]·C[S,S]⁻¹, for ``x @ weight.T`` as for a linear layer."""
+    torch.manual_seed(0)
+    model, x = Turned().double(), torch.randn(64, 8).double()
+    repair = "least_squares:given=then:aim=outputs:where=readers:even=false:damping=1e-12"
+    result = graphprune.compile(model, calibration=[{"x": x}], keep=0.5, method="wanda_sp", passes=[repair])
+    (cut,) = result.plan.cuts
+    inner = (x @ model.up.T).relu().detach()
+    gram = inner.T @ inner
+    kept = list(cut.kept)
+    expected = model.down.detach() @ gram[:, kept] @ torch.linalg.inv(gram[kept][:, kept])
+    torch.testing.assert_close(result.model.down.detach(), expected, rtol=1e-6, atol=1e-8)
