@@ -218,19 +218,26 @@ def _is_turned(node: fx.Node) -> bool:
     return name in ("aten::t", "aten::numpy_T", "aten::mT") or (name == "aten::transpose" and {dim % 2 for dim in given} == {0, 1})
 
 
-def readers(groups: Groups) -> dict[str, tuple[Consumer, ...]]:
-    """For each group, the contractions with a weight that read its units. Raises ModelLimit for a group that has none."""
+def reading(groups: Groups) -> dict[str, tuple[Consumer, ...]]:
+    """For each group, the contractions with a weight that read its units; none for a group whose units meet no weight."""
     everywhere = consumers(groups.axes)
     found = {}
     for group in groups:
         consuming = {(member.name, member.dim) for member in group.members if member.role == "consumes"}
-        mine = [c for c in everywhere if (c.weight, c.dim) in consuming and group.factor in c.axis.factors]
-        if not mine:
+        mine = (c for c in everywhere if (c.weight, c.dim) in consuming and group.factor in c.axis.factors)
+        found[group.name] = tuple(mine)
+    return found
+
+
+def readers(groups: Groups) -> dict[str, tuple[Consumer, ...]]:
+    """The same. Raises ModelLimit for a group that has none."""
+    found = reading(groups)
+    for group in groups:
+        if not found[group.name]:
             whole = isinstance(groups.axes.tensors[group.members[0].name][group.members[0].dim], Place)
             why = "its units are whole pieces" if whole else "its units meet only other activations"
             fix = "score it by magnitude, taylor or short_gpt" if whole else "leave this kind out, or use a gradient"
             raise ModelLimit(f"{group.name} is read by no weight", why=why, fix=fix)
-        found[group.name] = tuple(mine)
     return found
 
 

@@ -91,11 +91,9 @@ def execute_all(
             if len(walks) > 1:
                 _share_weights(node, walks)
             for walk in walks:
-                walk.step(node)
+                walk.advance(node, dying)
                 if see is not None and node.op == "call_function":
                     see(node, walk.values.get(node))
-                for dead in dying[node]:
-                    walk.values.pop(dead, None)
     finally:
         torch.set_default_dtype(previous)
     raise AssertionError("a graph without an output node")
@@ -132,6 +130,12 @@ class Walk:
         elif node.op == "call_function" and not is_check(node):
             self.values[node] = self.call(node)
 
+    def advance(self, node: fx.Node, dying: Mapping[fx.Node, Sequence[fx.Node]]) -> None:
+        """Compute a node, then drop what nobody asks for after it, as ``last_uses`` has it."""
+        self.step(node)
+        for dead in dying[node]:
+            self.values.pop(dead, None)
+
     def call(self, node: fx.Node) -> Any:
         def fetch(operand: fx.Node) -> Any:
             value = self.fetch(operand)
@@ -160,9 +164,7 @@ def finish(walk: Walk, nodes: Iterable[fx.Node], dying: Mapping[fx.Node, Sequenc
     for node in nodes:
         if node.op == "output":
             return fx.map_arg(node.args[0], walk.fetch)
-        walk.step(node)
-        for dead in dying[node]:
-            walk.values.pop(dead, None)
+        walk.advance(node, dying)
     return None
 
 
@@ -254,9 +256,7 @@ class Abreast:
             self.tensors[name]
         for walk in self.walks:
             for node in nodes:
-                walk.step(node)
-                for dead in self.dying[node]:
-                    walk.values.pop(dead, None)
+                walk.advance(node, self.dying)
         for name in [name for node in nodes for dead in self.dying[node] for name in self.named(dead)]:
             self.tensors.let_go(name)
 

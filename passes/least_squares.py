@@ -142,19 +142,19 @@ def carried(one: Moments, other: Moments) -> Tensor:
 
 def _error(change: Tensor, gram: Tensor, cross: Tensor) -> float:
     """How much more squared error there is with the change than without it."""
-    less = (change.to(gram.dtype) @ gram).sub_(cross, alpha=2)
+    less = (change @ gram).sub_(cross, alpha=2)
     return float((change * less).sum())
 
 
 def solve(gram: Tensor, cross: Tensor, damping: float) -> Tensor:
     """``cross · (gram + λ·diag(gram))⁻¹`` (rows, inputs), float64; λ grows until there is an inverse, dead inputs get zero."""
-    scale = gram.diagonal().where(gram.diagonal() > 0, 1).double()
+    scale = gram.diagonal().where(gram.diagonal() > 0, 1)
     while True:
-        factor, failed = gram.to(torch.float64, copy=True), torch.zeros((), dtype=torch.int32, device=gram.device)
+        factor, failed = gram.clone(), torch.zeros((), dtype=torch.int32, device=gram.device)
         factor.diagonal().add_(damping * scale)
         torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if not failed and factor.diagonal().isfinite().all():
-            half = torch.linalg.solve_triangular(factor.mT, cross.double(), upper=True, left=False)
+            half = torch.linalg.solve_triangular(factor.mT, cross, upper=True, left=False)
             found: Tensor = torch.linalg.solve_triangular(factor, half, upper=False, left=False)
             return found
         damping = max(10 * damping, 1e-8)

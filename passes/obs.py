@@ -28,8 +28,7 @@ from torch import Tensor, fx, nn
 from transformers.pytorch_utils import Conv1D
 
 from graphprune import Axes, Calibration, Group, Groups, Scores
-from graphprune.axes import Factor
-from graphprune.capture import consumers, fitted, see_output_gradients
+from graphprune.capture import fitted, reading, see_output_gradients
 from graphprune.execute import execute, tensors_of
 from graphprune.matrices import Contracted, Product, products
 from graphprune.pipeline import find_pass, run
@@ -87,13 +86,13 @@ def obs(
 
     One forward over all of the calibration, one backward over its first ``gradient_samples`` rows.
     """
-    reading, others = _reading(groups)
-    grams = _grams(model, groups, calibration, {product for found in reading.values() for product, _ in found})
-    roots = _roots(model, calibration, reading, gradient_samples) if gradients else {}
+    read_by, others = _read_by(groups)
+    grams = _grams(model, groups, calibration, {product for found in read_by.values() for product, _ in found})
+    roots = _roots(model, calibration, read_by, gradient_samples) if gradients else {}
     weights = dict(model.named_parameters(remove_duplicate=False))
     found = {}
-    for name, read in reading.items():
-        surgeons = [_surgeon(p, unit, weights[p.weight], grams[p], roots.get(p.weight), damping) for p, unit in read]
+    for name, reads in read_by.items():
+        surgeons = [_surgeon(p, unit, weights[p.weight], grams[p], roots.get(p.weight), damping) for p, unit in reads]
         found[name] = _greedy(surgeons, groups[name], block)
     if others:
         left = {nn.Module: model, Groups: replace(groups, groups=others), Calibration: calibration}
@@ -120,19 +119,16 @@ def _greedy(surgeons: list[Surgeon], group: Group, block: float) -> Tensor:
 # ── statistics ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _reading(groups: Groups) -> tuple[dict[str, list[tuple[Product, Tensor]]], tuple[Group, ...]]:
+def _read_by(groups: Groups) -> tuple[dict[str, list[tuple[Product, Tensor]]], tuple[Group, ...]]:
     """For each group the products that read it, with the unit that each of their inputs belongs to; and the groups whose units
     no product reads, or only among other inputs."""
     every = [(product, *_input_axis(product)) for product in products(groups.axes)]
-    consumed: dict[Factor, set[tuple[str, int]]] = defaultdict(set)
-    for consumer in consumers(groups.axes):
-        for factor in consumer.axis.factors:
-            consumed[factor].add((consumer.weight, consumer.dim))
     found: dict[str, list[tuple[Product, Tensor]]] = {}
+    consuming = reading(groups)
     for group in groups:
-        reads = {(m.name, m.dim) for m in group.members if m.role == "consumes"} & consumed[group.factor]
+        reads = {(consumer.weight, consumer.dim) for consumer in consuming[group.name]}
         mine = [(p, _units(p, group, groups.axes, span)) for p, dim, span in every if (p.weight, dim) in reads]
-        if reads and {p.weight for p, _ in mine} == {name for name, _ in reads} and all((unit >= 0).all() for _, unit in mine):
+        if reads and {p.weight for p, _ in mine} == {weight for weight, _ in reads} and all((u >= 0).all() for _, u in mine):
             found[group.name] = mine
     return found, tuple(group for group in groups if group.name not in found)
 
@@ -171,10 +167,10 @@ def _grams(model: nn.Module, groups: Groups, calibration: Calibration, wanted: s
 
 
 def _roots(
-    model: nn.Module, calibration: Calibration, reading: Mapping[str, list[tuple[Product, Tensor]]], samples: int
+    model: nn.Module, calibration: Calibration, read_by: Mapping[str, list[tuple[Product, Tensor]]], samples: int
 ) -> dict[str, Tensor]:
     """For each weight a root R of mean g·gᵀ over positions, Rᵀ·R = G (rows, rows), float64; g = ∂(summed loss)/∂output."""
-    found = {product.weight: product for products_ in reading.values() for product, _ in products_}
+    found = {product.weight: product for products_ in read_by.values() for product, _ in products_}
     places = {name.rpartition(".")[0]: name for name in found}
     owner = {place: name for place, name in places.items() if isinstance(model.get_submodule(place), PRODUCTS)}
     sums: dict[str, Tensor] = {}
