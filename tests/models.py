@@ -25,9 +25,9 @@ def tokens(seed: int = 0) -> Tensor:
     return torch.randint(0, VOCABULARY, IDS, generator=torch.Generator().manual_seed(seed))
 
 
-def llama(tied: bool = False, **changes: Any) -> Any:
+def llama(tied: bool = False, layers: int = LAYERS, **changes: Any) -> Any:
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=88, num_hidden_layers=LAYERS, num_attention_heads=6,
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=88, num_hidden_layers=layers, num_attention_heads=6,
         num_key_value_heads=3, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2, pad_token_id=0, **changes,
     )  # fmt: skip
     return sharpened(transformers.LlamaForCausalLM(config))

@@ -83,6 +83,16 @@ def test_layers_that_differ_round_trip_with_and_without_graphprune(build: Any, t
         assert torch.equal(*written)
 
 
+def test_a_layer_whose_number_equals_a_size_keeps_its_number() -> None:
+    model, ids = llama(layers=8), tokens()
+    protected = {"keep": 0.6, "kinds": ["head"], "alike": False, "protect": ["model.layers.0"]}
+    smaller = graphprune.compile(model, {"input_ids": ids}, **protected).model
+    assert {layer.self_attn.q_proj.out_features for layer in smaller.model.layers[1:]} < {8, 16, 32}
+    assert [layer.self_attn.layer_idx for layer in smaller.model.layers] == list(range(8))
+    with_cache, without = (smaller.generate(ids, max_new_tokens=4, do_sample=False, use_cache=c) for c in (True, False))
+    assert torch.equal(with_cache, without)
+
+
 def test_dtype_is_kept(tmp_path: Path) -> None:
     model = llama().to(torch.bfloat16)
     graphprune.save(graphprune.compile(model, {"input_ids": tokens()}, keep=0.7), tmp_path / "out")

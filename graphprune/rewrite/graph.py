@@ -149,6 +149,16 @@ def new_literals(axes: Axes, node: fx.Node, keep: Keep) -> Iterator[tuple[Any, A
             yield before, after
 
 
+def spoken(axes: Axes, node: fx.Node) -> Iterator[int]:
+    """Every size and position that ``node`` is told, changed or not."""
+    arguments = _bound(node.target, node)
+    for literal in axes.literals[node][0]:
+        told = arguments.get(literal.name)
+        yield from (number for number in (told if isinstance(told, list | tuple) else [told]) if isinstance(number, int))
+        meant = {"sizes": literal.axes, "size": [literal.axes]}.get(literal.meaning, ())
+        yield from (axis.size for axis in meant)
+
+
 def _bound(target: Any, node: fx.Node) -> dict[str, Any]:
     names = [argument.name for argument in target._schema.arguments]
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)

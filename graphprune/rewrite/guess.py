@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from heapq import heappop, heappush
@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from graphprune.axes import Axis, Keep
 from graphprune.propagate import Axes
 from graphprune.rewrite.attributes import Path, numbers
-from graphprune.rewrite.graph import new_literals
+from graphprune.rewrite.graph import new_literals, spoken
 
 TRIALS = 64
 """Guesses that are tried; most fail on the first shape that does not fit."""
@@ -127,6 +127,34 @@ def lengths(axes: Axes, keep: Keep) -> Iterator[tuple[fx.Node, int, int]]:
                 yield node, axis.size, axis.resized(keep)
 
 
+def coincidences(model: nn.Module, axes: Axes) -> set[Kind]:
+    """Kinds of numbers that no size can be the reason for: somewhere one of them is no size of its module, the ninth layer's
+    number being nine or not.
+    """
+    sizes = _sizes(axes)
+    return {
+        (_pattern(name), path)
+        for name, module in model.named_modules()
+        if name in sizes
+        for path, value, _ in numbers(module)
+        if value not in sizes[name]
+    }
+
+
+def _sizes(axes: Axes) -> dict[str, set[int]]:
+    """For each module whose forward says sizes, these and those of its own tensors, before the cut."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for node in axes.literals:
+        said = set(spoken(axes, node))
+        for name in _stack(node):
+            found[name] |= said
+    for tensor in axes.trace.tensors.values():
+        for name in tensor.names:
+            if (module := name.rpartition(".")[0]) in found:
+                found[module] |= {axis.size for axis in axes.tensors[tensor.name]}
+    return found
+
+
 def _stack(node: fx.Node) -> list[str]:
     """The modules whose forward was running, innermost first."""
     return [name for name, _ in reversed((node.meta.get("nn_module_stack") or {}).values())]
@@ -150,7 +178,7 @@ def _kept(model: nn.Module, name: str) -> dict[int, list[Place]]:
 class Options:
     """For each kind of place, the values that its places may take: what the evidence says first, then what else it says."""
 
-    def __init__(self, found: Sequence[Evidence], less: Sequence[Evidence]) -> None:
+    def __init__(self, found: Sequence[Evidence], less: Sequence[Evidence], coincidences: Collection[Kind] = ()) -> None:
         values: dict[Place, dict[int, None]] = defaultdict(dict)
         for item in [*found, *less]:
             for place in item.places:
@@ -158,8 +186,10 @@ class Options:
         self.kinds: dict[Kind, list[tuple[Place, tuple[int, ...]]]] = defaultdict(list)
         for place, afters in values.items():
             self.kinds[place.kind].append((place, tuple(afters)))
-        self.likely = {place.kind: 0 for item in found for row in item.rows[:1] for place in row}
-        self.sure = {place.kind for item in found for place in item.places if place.kind[0] == _pattern(item.module)}
+        likely = (place.kind for item in found for row in item.rows[:1] for place in row)
+        self.likely = {kind: 0 for kind in likely if kind not in coincidences}
+        own = {place.kind for item in found for place in item.places if place.kind[0] == _pattern(item.module)}
+        self.sure = own.difference(coincidences)
 
     def choice(self, picked: Mapping[Kind, int]) -> Choice:
         """The values of a guess: of each picked kind, the alternative of that number."""

@@ -25,6 +25,7 @@ from graphprune.rewrite.guess import (
     Outcome,
     Place,
     attempted,
+    coincidences,
     evidence,
     lengths,
     literals,
@@ -92,7 +93,8 @@ def emit_module(
     """
     _fit_layers(smaller)
     found = evidence(smaller, literals(axes, keep))
-    options = Options([*found, *own_sizes(smaller, axes, keep)], evidence(smaller, lengths(axes, keep)))
+    sizes, less = [*found, *own_sizes(smaller, axes, keep)], evidence(smaller, lengths(axes, keep))
+    options = Options(sizes, less, coincidences(smaller, axes))
 
     def attempt(choice: Choice) -> Outcome | None:
         with _written(smaller, choice):
