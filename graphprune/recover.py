@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy, pad
 from transformers.pytorch_utils import Conv1D
 
 from graphprune.data import Calibration, inference, logits_of, tokenize, written
+from graphprune.divergence import divergence
 from graphprune.errors import UserMistake, nearest
 from graphprune.pipeline import Progress
 from graphprune.ranks import add_gradients, dealt, told
@@ -315,32 +316,15 @@ def _rise(step: int, total: float, recipe: Recipe) -> float:
 
 def _loss(student: nn.Module, teacher: nn.Module | None, inputs: dict[str, Tensor], labels: Tensor, recipe: Recipe) -> Tensor:
     """Summed over the tokens that are to be learnt."""
-    next_labels = labels[:, 1:]
-    learnt = next_labels != IGNORED
-    logits = logits_of(student(**inputs))[:, :-1][learnt].float()
+    following = pad(labels[:, 1:], (0, 1), value=IGNORED)
+    logits = logits_of(student(**inputs))
+
+    def of_text() -> Tensor:
+        return cross_entropy(logits.flatten(0, 1).float(), following.flatten(), reduction="sum", ignore_index=IGNORED)
+
     if teacher is None:
-        return cross_entropy(logits, next_labels[learnt], reduction="sum")
+        return of_text()
     with inference(teacher):
-        wanted = logits_of(teacher(**inputs))[:, :-1][learnt].float()
-    distance = divergence(logits, wanted, recipe.top)
-    if recipe.distill == 1:
-        return distance
-    return recipe.distill * distance + (1 - recipe.distill) * cross_entropy(logits, next_labels[learnt], reduction="sum")
-
-
-def divergence(logits: Tensor, wanted: Tensor, top: int | None = None) -> Tensor:
-    """Σ over tokens of KL(teacher ‖ student), from logits (tokens, vocabulary).
-
-    ``top`` compares the teacher's most likely tokens one by one and all others as one event.
-    """
-    ours, theirs = logits.log_softmax(-1), wanted.log_softmax(-1)
-    if top is not None and top < wanted.shape[-1]:
-        theirs, places = theirs.topk(top)
-        ours, theirs = (torch.cat([x, _rest(x)], -1) for x in (ours.gather(-1, places), theirs))
-    return (theirs.exp() * (theirs - ours)).sum()
-
-
-def _rest(log_probabilities: Tensor) -> Tensor:
-    """The logarithm of what is missing to one."""
-    mass = log_probabilities.exp().sum(-1, keepdim=True)
-    return (1 - mass).clamp_min(1e-7).log()
+        wanted = logits_of(teacher(**inputs))
+    distance = divergence(logits, wanted, recipe.top, following != IGNORED)
+    return distance if recipe.distill == 1 else recipe.distill * distance + (1 - recipe.distill) * of_text()

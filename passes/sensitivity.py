@@ -26,9 +26,9 @@ from torch.utils import _pytree as pytree
 from graphprune import Axes, Calibration, Groups, Scores, Trace
 from graphprune.axes import Keep
 from graphprune.capture import fitted
+from graphprune.divergence import divergence
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.execute import Walk, execute, finish, last_uses, tensors_of
-from graphprune.recover import divergence
 from graphprune.verify import masks
 
 LEAST = 0.1

@@ -14,8 +14,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import graphprune
 from graphprune import Calibration
 from graphprune.data import written
+from graphprune.divergence import divergence
 from graphprune.errors import UserMistake
-from graphprune.recover import IGNORED, Example, Recipe, _batches, divergence, linear_names, read_examples, recipe_of, recover
+from graphprune.recover import IGNORED, Example, Recipe, _batches, linear_names, read_examples, recipe_of, recover
 
 
 class Letters:
@@ -169,6 +170,15 @@ def test_divergence_is_kl_and_top_of_it_bounds_it_from_below() -> None:
     few = [float(divergence(ours, theirs, top)) for top in (1, 5, 29)]
     assert few == sorted(few) and few[-1] <= float(plain) * (1 + 1e-5)
     assert float(divergence(theirs, theirs, 5)) == pytest.approx(0, abs=1e-5)
+
+
+def test_only_learnt_tokens_count_and_give_the_gradient_of_kl() -> None:
+    ours, theirs = torch.randn(2, 700, 9000, requires_grad=True), 3 * torch.randn(2, 700, 9000)
+    learnt = torch.rand(2, 700) < 0.6
+    expected = nn.functional.kl_div(ours[learnt].log_softmax(-1), theirs[learnt].softmax(-1), reduction="sum")
+    gradients = [torch.autograd.grad(3 * kl, ours)[0] for kl in (divergence(ours, theirs, learnt=learnt), expected)]
+    torch.testing.assert_close(*gradients)
+    assert float((divergence(ours, theirs, learnt=learnt) / expected).detach()) == pytest.approx(1, abs=1e-5)
 
 
 def test_a_pruned_model_learns_from_its_teacher() -> None:
