@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from math import gcd
 from typing import Any
 
@@ -32,7 +31,7 @@ from graphprune.rewrite.module import copy_cut, emit_module, over
 from graphprune.rewrite.stock import expressible, obviously_expressible, stock_config
 from graphprune.select import Budget, allowed_kinds, for_kind, select
 from graphprune.trace import Inputs, Trace, trace
-from graphprune.verify import check_masked, close, computes, reference
+from graphprune.verify import check_masked, close, computes, decodes, reference
 
 TRIED_STEPS = 8
 """How many roundings are tried to find sizes a config accepts."""
@@ -271,7 +270,11 @@ def _as_module(model: nn.Module, axes: Axes, keep: Keep, cut: Smaller, inputs: S
             return Pruned(emitted, config=stock_config(model, emitted, axes, keep, accept))
         except ModelLimit as limit:
             obstacle = str(limit)
-    runs = partial(computes, inputs=example.inputs, wanted=wanted)
+    remembers = decodes(model, example.inputs)
+
+    def runs(emitted: nn.Module) -> bool:
+        return computes(emitted, example.inputs, wanted) and remembers(emitted)
+
     emitted, attributes = emit_module(model, over(model, emitted), axes, keep, runs)
     return Pruned(emitted, obstacle=obstacle, attributes=attributes)
 

@@ -34,6 +34,9 @@ LOOSE = 1e-4
 ROUNDINGS = 10
 """How many times the rounding measured on a model, single against double precision, another order of operations may differ."""
 
+PROMPT = 3
+"""Tokens of each of the two passes that check a cache."""
+
 TOLERANCE = 1e-8
 """Largest difference, relative to the largest output, between two double-precision runs of one function."""
 
@@ -175,6 +178,36 @@ def computes(emitted: torch.nn.Module, inputs: Inputs, wanted: Reference) -> boo
         if not wanted.agrees(found):
             return False
     return True
+
+
+def decodes(model: torch.nn.Module, inputs: Inputs) -> Callable[[torch.nn.Module], bool]:
+    """Whether a smaller model, too, says in two passes, the second upon the cache of the first, what it says in one.
+
+    Some numbers that are no sizes, a layer's own number say, count only there. Nothing is asked where ``model`` itself has no cache.
+    """
+    theirs = _with_cache(model, inputs)
+
+    def alike(emitted: torch.nn.Module) -> bool:
+        mine = _with_cache(emitted, inputs) if theirs <= LOOSE else 0.0
+        return mine <= max(ROUNDINGS * theirs, SURE[torch.float32])
+
+    return alike
+
+
+@torch.no_grad()
+def _with_cache(model: torch.nn.Module, inputs: Inputs) -> float:
+    """The difference between two passes with a cache and one without, infinite where there is none."""
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) and len(inputs) == 1 else None
+    if ids is None or ids.shape[1] < 2 * PROMPT:
+        return float("inf")
+    prompt, rest = ids[:1, :PROMPT], ids[:1, PROMPT : 2 * PROMPT]
+    try:
+        with same_draws():
+            whole = model(torch.cat([prompt, rest], 1), use_cache=False).logits[:, PROMPT:]
+            cache = model(prompt, use_cache=True).past_key_values
+            return difference([model(rest, past_key_values=cache, use_cache=True).logits], [whole])
+    except Exception:  # noqa: BLE001  a model without a cache says so in its own way, a wrong guess may fail in any
+        return float("inf")
 
 
 def leaves(outputs: Any) -> list[Tensor]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import graphprune
 from graphprune.errors import ModelLimit, UserMistake
-from graphprune.rewrite import checkpoint
+from graphprune.rewrite import checkpoint, module
 from tests.models import Residual, bert, gpt2, llama, residual, sharpened, tokens
 
 STRANGER = """
@@ -83,7 +83,10 @@ def test_layers_that_differ_round_trip_with_and_without_graphprune(build: Any, t
         assert torch.equal(*written)
 
 
-def test_a_layer_whose_number_equals_a_size_keeps_its_number() -> None:
+@pytest.mark.parametrize("told", [True, False], ids=["by the other layers", "by running with a cache"])
+def test_a_layer_whose_number_equals_a_size_keeps_its_number(told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not told:
+        monkeypatch.setattr(module, "coincidences", lambda model, axes: set())
     model, ids = llama(layers=8), tokens()
     protected = {"keep": 0.6, "kinds": ["head"], "alike": False, "protect": ["model.layers.0"]}
     smaller = graphprune.compile(model, {"input_ids": ids}, **protected).model
