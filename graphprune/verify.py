@@ -183,7 +183,7 @@ def computes(emitted: torch.nn.Module, inputs: Inputs, wanted: Reference) -> boo
 def decodes(model: torch.nn.Module, inputs: Inputs) -> Callable[[torch.nn.Module], bool]:
     """Whether a smaller model, too, says in two passes, the second upon the cache of the first, what it says in one.
 
-    Some numbers that are no sizes, a layer's own number say, count only there. Nothing is asked where ``model`` itself has no cache.
+    Some numbers that are no sizes, a layer's own say, count only there. Nothing is asked where ``model`` itself has no cache.
     """
     theirs = _with_cache(model, inputs)
 
