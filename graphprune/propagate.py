@@ -38,6 +38,7 @@ class ResolvedUse:
     role: str
     axis: Axis
     joint: bool
+    apart: bool
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ class _Walk:
             trace=self.trace,
             tensors={name: tuple(map(solve, typed.axes)) for name, typed in self.named.items()},
             nodes={node: _resolved(value, solve) for node, value in self.values.items()},
-            uses=tuple(ResolvedUse(u.node, u.operand, u.dim, u.role, solve(u.axis), u.joint) for u in self.uses),
+            uses=tuple(ResolvedUse(u.node, u.operand, u.dim, u.role, solve(u.axis), u.joint, u.apart) for u in self.uses),
             literals={n: (tuple(_literal(one, solve) for one in found), other) for n, (found, other) in self.literals.items()},
             pins={factor: tuple(reasons) for factor, reasons in pins.items() if reasons},
             renormalised={factor: tuple(reasons) for factor, reasons in soft.items() if reasons},

@@ -42,12 +42,12 @@ TOLERANCE = 1e-8
 
 
 def masks(axes: Axes, keep: Keep) -> Edit:
-    """An edit that zeroes removed units wherever a contraction sums over them: in its activations, in a weight only if alone."""
+    """An edit that zeroes removed units wherever a contraction sums over them: in a weight only if activations do not suffice."""
     spots: dict[tuple[fx.Node, fx.Node], list[tuple[int, Tensor]]] = defaultdict(list)
     summed = [use for use in axes.uses if use.role == "contracted" and use.axis.shrinks(keep)]
     active = {(use.node, use.axis) for use in summed if use.operand.op != "placeholder"}
     for use in summed:
-        if use.operand.op != "placeholder" or (use.node, use.axis) not in active:
+        if use.operand.op != "placeholder" or use.apart or (use.node, use.axis) not in active:
             whole = axes.nodes[use.operand][use.dim]
             spots[use.node, use.operand].append((use.dim, _mask(whole, use.axis, keep)))
 

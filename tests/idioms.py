@@ -62,3 +62,31 @@ class NormedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.norm(self.gate(x).relu() * self.up(x)))
+
+
+@takes(2, 3, 8)
+class Stepped(nn.Module):
+    """Messages into a recurrent cell that is as wide as they are: the state is one width, read by both of the cell's weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.message, self.out = nn.Linear(8, 10), nn.Linear(10, 10), nn.Linear(10, 3)
+        self.cell, self.layer = nn.GRUCell(10, 10), nn.LSTM(10, 10, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        state = self.cell(self.message(x).mean(1), x[:, 0])
+        return self.out(self.layer(x)[0] + state[:, None])
+
+
+@takes(4, 8)
+class Prototypes(nn.Module):
+    """Distances and angles to learnt rows: zeroing one side of a difference does not remove the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.near, self.like = nn.Linear(8, 9), nn.Linear(8, 7)
+        self.rows, self.directions = nn.Parameter(torch.randn(5, 9)), nn.Parameter(torch.randn(5, 7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cdist(self.near(x), self.rows) + F.cosine_similarity(self.like(x)[:, None], self.directions, dim=-1)

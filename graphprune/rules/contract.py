@@ -11,10 +11,13 @@ from graphprune.unify import ONE, Expression
 ELLIPSIS = "..."
 
 
-def contraction(op: Op, terms: Sequence[Sequence[str]], out: Sequence[str], operands: Sequence[Typed]) -> Typed:
+def contraction(
+    op: Op, terms: Sequence[Sequence[str]], out: Sequence[str], operands: Sequence[Typed], apart: bool = False
+) -> Typed:
     """Axis facts of an einsum: one letter is one axis, a letter that the output lacks is contracted.
 
-    ``...`` stands for leading dimensions that broadcast. An operand without a contracted letter is a bias.
+    ``...`` stands for leading dimensions that broadcast. An operand without a contracted letter is a bias. ``apart`` where what
+    is summed is no product.
     """
     named = [_named(term, operand) for term, operand in zip(terms, operands, strict=True)]
     places = _expand(out, max((sum(name.startswith(ELLIPSIS) for name in row) for row in named), default=0))
@@ -26,7 +29,7 @@ def contraction(op: Op, terms: Sequence[Sequence[str]], out: Sequence[str], oper
         others = {name for other, _ in factors if other is not row for name in other}
         for dim, name in enumerate(row):
             role = "contracted" if name in contracted else "batch" if name in others else "free"
-            op.use(operand, dim, role, joint=joint)
+            op.use(operand, dim, role, joint=joint, apart=apart)
     return Typed(tuple(letters[name] for name in places))
 
 
@@ -59,10 +62,10 @@ def _diagonal(op: Op, name: str, named: list[list[str]], operands: Sequence[Type
             op.equal(operand.axes[places[0]], operand.axes[dim])
 
 
-def equation(text: str, *operations: Any, operands: Sequence[str], onto: str | None = None) -> None:
+def equation(text: str, *operations: Any, operands: Sequence[str], onto: str | None = None, apart: bool = False) -> None:
     """Register operations whose axis facts are one einsum, with their tensor arguments by schema name.
 
-    The argument called ``onto`` is broadcast and added to the result.
+    The argument called ``onto`` is broadcast and added to the result; ``apart`` as in ``contraction``.
     """
     left, right = text.split("->")
     terms = [term.split() for term in left.split(",")]
@@ -70,7 +73,7 @@ def equation(text: str, *operations: Any, operands: Sequence[str], onto: str | N
     def product(op: Op) -> Typed:
         present = [(term, op.get(name)) for term, name in zip(terms, operands, strict=True)]
         given = [(term, operand) for term, operand in present if operand is not None]
-        result = contraction(op, [term for term, _ in given], right.split(), [operand for _, operand in given])
+        result = contraction(op, [term for term, _ in given], right.split(), [operand for _, operand in given], apart)
         return result if onto is None else Typed(op.broadcast([result, op[onto]], op.shape))
 
     product.__name__ = f"equation {text}"
@@ -86,7 +89,7 @@ equation("k, k -> ", aten.vdot, operands=("self", "other"))
 equation("i, j -> i j", aten.outer, aten.ger, operands=("self", "vec2"))
 equation("... i, o i j, ... j, o -> ... o", aten.bilinear, operands=("input1", "weight", "input2", "bias"))
 equation("i k, k j -> i j", aten.addmm, operands=("mat1", "mat2"), onto="self")
-equation("... i k, ... j k -> ... i j", aten.cdist, operands=("x1", "x2"))
+equation("... i k, ... j k -> ... i j", aten.cdist, operands=("x1", "x2"), apart=True)
 equation("i k, k -> i", aten.addmv, operands=("mat", "vec"), onto="self")
 equation("i, j -> i j", aten.addr, operands=("vec1", "vec2"), onto="self")
 equation("b i k, b k j -> b i j", aten.baddbmm, operands=("batch1", "batch2"), onto="self")

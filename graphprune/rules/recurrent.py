@@ -48,7 +48,7 @@ def _cell(op: Op, weights: Sequence[Typed], below: Expression, width: Expression
     for tensor, read in zip(weights, (below, width), strict=False):
         op.equal(tensor.axes[1], read)
         op.use(tensor, 0, "free")
-        op.use(tensor, 1, "contracted")
+        op.use(tensor, 1, "contracted", apart=True)
 
 
 @rule(aten.lstm_cell, aten.gru_cell, aten.rnn_tanh_cell, aten.rnn_relu_cell)

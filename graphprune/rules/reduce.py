@@ -77,5 +77,5 @@ def cosine_similarity(op: Op) -> Typed:
     shape.insert(dim, max(op.length(operand.axes[place]) for operand, place in summed))
     axes = op.broadcast(op.tensors, tuple(shape))
     for operand, place in summed:
-        op.use(operand, place, "contracted")
+        op.use(operand, place, "contracted", apart=True)
     return Typed(axes[:dim] + axes[dim + 1 :])

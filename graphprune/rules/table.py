@@ -40,7 +40,7 @@ class Use:
     """One operand dimension in a contraction: ``contracted``, ``free`` (reaches the output) or ``batch`` (in both operands).
 
     ``axis`` is the part of the dimension that has the role; ``joint`` tells a product of two activations (attention) from a
-    product with a weight.
+    product with a weight; ``apart`` says that units zeroed in the other operands still count here, as in a distance.
     """
 
     node: fx.Node
@@ -49,6 +49,7 @@ class Use:
     role: str
     axis: Expression
     joint: bool = False
+    apart: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,11 +185,14 @@ class Op:
         """``axes`` flattened into one, row-major."""
         return self.solver.product(axes)
 
-    def use(self, operand: Typed, dim: int, role: str, axis: Expression | None = None, joint: bool = False) -> None:
+    def use(
+        self, operand: Typed, dim: int, role: str, axis: Expression | None = None, joint: bool = False, apart: bool = False
+    ) -> None:
         """Record the role an operand's dimension (or a part of it) has in this contraction."""
         dim %= len(operand.axes)
         if operand.source is not None:
-            self.uses.append(Use(self.node, operand.source, dim, role, operand.axes[dim] if axis is None else axis, joint))
+            part = operand.axes[dim] if axis is None else axis
+            self.uses.append(Use(self.node, operand.source, dim, role, part, joint, apart))
 
     def joint(self, *operands: Typed) -> bool:
         """Whether several operands meet and all are activations, none a weight."""
