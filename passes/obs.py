@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from graphprune import Axes, Calibration, Group, Groups, Scores
 from graphprune.capture import fitted, reading, see_output_gradients
-from graphprune.execute import execute, tensors_of
+from graphprune.execute import Walk, finish, last_uses, tensors_of
 from graphprune.matrices import Contracted, Product, products
 from graphprune.pipeline import find_pass, run
 
@@ -145,6 +145,7 @@ def _units(product: Product, group: Group, axes: Axes, kernel: bool) -> Tensor:
     return columns.repeat_interleave(torch.Size(traced.shape[2:]).numel()) if kernel else columns
 
 
+@torch.no_grad()
 def _grams(model: nn.Module, groups: Groups, calibration: Calibration, wanted: set[Product]) -> dict[Product, Tensor]:
     """Mean x·xᵀ of what each product reads, float64."""
     spots: Mapping[tuple[fx.Node, fx.Node], Product] = {(p.node, p.operand): p for p in wanted}
@@ -160,9 +161,12 @@ def _grams(model: nn.Module, groups: Groups, calibration: Calibration, wanted: s
             count[product] += len(x)
         return value
 
-    axes = groups.axes
-    for flat in fitted(axes.trace, calibration.inputs):
-        execute(axes.trace, tensors_of(model, axes.trace), flat, edit=look)
+    trace, readers = groups.axes.trace, {product.node for product in wanted}
+    nodes = list(trace.graph.nodes)
+    needed = nodes[: 1 + max((place for place, node in enumerate(nodes) if node in readers), default=-1)]
+    tensors, dying = tensors_of(model, trace), last_uses(needed)
+    for flat in fitted(trace, calibration.inputs):
+        finish(Walk(trace, tensors, dict(zip(trace.inputs, flat, strict=True)), edit=look), needed, dying)
     return {product: gram / count[product] for product, gram in grams.items()}
 
 
