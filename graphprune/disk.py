@@ -5,9 +5,11 @@ Files are read, not mapped: a mapped page counts as resident memory for as long 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
@@ -28,6 +30,9 @@ DTYPES: Mapping[str, torch.dtype] = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+
+MAP_APART = -3
+"""``M_MMAP_THRESHOLD`` in malloc.h."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +127,26 @@ def available_memory() -> int | None:
         return int(rows["MemAvailable"].split()[0]) << 10
     except (OSError, KeyError, ValueError):
         return None
+
+
+@contextmanager
+def given_back() -> Iterator[None]:
+    """Meanwhile, memory of 1 MiB or more goes back to the system as soon as it is free.
+
+    Left alone, glibc keeps what tensors left in its heap, where small objects between them soon make it useless for larger ones.
+    """
+    _map_apart(1 << 20)
+    try:
+        yield
+    finally:
+        _map_apart(32 << 20)
+
+
+def _map_apart(size: int) -> None:
+    """Tell glibc, where that is the C library, to map at least so many bytes apart; 32 MiB is where it would end by itself."""
+    tell = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if tell is not None:
+        tell(MAP_APART, size)
 
 
 def _shards(folder: Path) -> list[str]:

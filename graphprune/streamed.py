@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from graphprune.axes import Keep
 from graphprune.compiler import narrow, seeded, stock_steps, traced, with_extras
 from graphprune.data import Calibration
-from graphprune.disk import Checkpoint, OnDisk
+from graphprune.disk import Checkpoint, OnDisk, given_back
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.facts import Emission, Example, Notes, Pruned
 from graphprune.groups import Groups, couple
@@ -95,7 +95,7 @@ def compile_streamed(
     given = {nn.Module: source.model, Example: Example(inputs), Emission: Emission(), Notes: Notes(notes), Budget: budget}
     given |= {} if plan is None else {Plan: plan}
     given |= {} if calibration is None else {Calibration: calibration}
-    with shared(out) as folder:
+    with shared(out) as folder, given_back():
         facts = run(stages, {**given, Files: Files(Checkpoint(source.path), folder)}, progress)
         pruned: Pruned = facts[Pruned]
         if pruned.config is None:

@@ -35,6 +35,7 @@ from graphprune.capture import fitted
 from graphprune.errors import UserMistake, nearest
 from graphprune.execute import tensors_of
 from graphprune.lockstep import Emitted, Reading, Site, side_by_side
+from graphprune.normal import BLOCK, add_product, add_square, factored, mirror, substitute
 from graphprune.ranks import dealt, numbered, summed
 
 Moments = tuple[Tensor, Tensor]
@@ -107,19 +108,22 @@ def _repair(
             size = reading.stream.square().mean(1, keepdim=True).sqrt().clamp_min(torch.finfo(x.dtype).tiny)
             x, missing = x / size, missing / size
         half = place % 2 if damping is None else 0
-        for name, product in ((("gram", half), x.T @ x), (("cross", half), missing.T @ x)):
-            sums[name] = sums[name].add_(product) if name in sums else product.double()
+        for name, rows in (("gram", x.shape[1]), ("cross", missing.shape[1])):
+            if (name, half) not in sums:
+                sums[name, half] = x.new_zeros(rows, x.shape[1], dtype=torch.float64)
+        add_square(sums["gram", half], x)
+        add_product(sums["cross", half], missing, x)
     change = _change(summed(sums), damping)
     width = len(site.kept)
-    repaired = matrix.double() + change[:, :width]
-    smaller[site.weight] = layout.restored(repaired[None].to(weight.dtype), weight)
+    change[:, :width].add_(matrix)
+    smaller[site.weight] = layout.restored(change[None, :, :width].to(weight.dtype), weight)
     if site.bias is not None:
         smaller[site.bias] = (smaller[site.bias].double() + change[:, width]).to(weight.dtype)
 
 
 def _change(sums: Mapping[tuple[str, int], Tensor], damping: float | None) -> Tensor:
     """The correction that the sums over even and odd batches ask for."""
-    halves = [(sums["gram", half], sums["cross", half]) for half in (0, 1) if ("gram", half) in sums]
+    halves = [(mirror(sums["gram", half]), sums["cross", half]) for half in (0, 1) if ("gram", half) in sums]
     if damping is None and len(halves) == 2:
         return carried(*halves)
     gram, cross = halves[0]
@@ -129,32 +133,29 @@ def _change(sums: Mapping[tuple[str, int], Tensor], damping: float | None) -> Te
 def carried(one: Moments, other: Moments) -> Tensor:
     """The correction from two halves together, λ being the one that serves each half best when fitted to the other; or zero.
 
-    The first half is used up. Held are both squares of inputs² and a factor, float64.
+    The first half is used up.
     """
     best, least = None, 0.0
     for damping in DAMPINGS:
-        error = sum(_error(solve(*fitted_to, damping), *seen) for fitted_to, seen in ((one, other), (other, one)))
+        error = _error(one, other, damping) + _error(other, one, damping)
         if error > least and best is not None:
             break
         best, least = (damping, error) if error < least else (best, least)
     return torch.zeros_like(one[1]) if best is None else solve(one[0].add_(other[0]), one[1].add_(other[1]), best)
 
 
-def _error(change: Tensor, gram: Tensor, cross: Tensor) -> float:
-    """How much more squared error there is with the change than without it."""
-    less = (change @ gram).sub_(cross, alpha=2)
-    return float((change * less).sum())
+def _error(own: Moments, other: Moments, damping: float) -> float:
+    """How much more squared error there is in the other half with the change that one half asks for than without it."""
+    total = 0.0
+    with factored(own[0], damping) as factor:
+        for mine, theirs in zip(torch.split(own[1], BLOCK), torch.split(other[1], BLOCK), strict=True):
+            change = substitute(factor, mine.clone())
+            total += float((change @ other[0]).sub_(theirs, alpha=2).mul_(change).sum())
+    return total
 
 
 def solve(gram: Tensor, cross: Tensor, damping: float) -> Tensor:
-    """``cross · (gram + λ·diag(gram))⁻¹`` (rows, inputs), float64; λ grows until there is an inverse, dead inputs get zero."""
-    scale = gram.diagonal().where(gram.diagonal() > 0, 1)
-    while True:
-        factor, failed = gram.clone(), torch.zeros((), dtype=torch.int32, device=gram.device)
-        factor.diagonal().add_(damping * scale)
-        torch.linalg.cholesky_ex(factor, out=(factor, failed))
-        if not failed and factor.diagonal().isfinite().all():
-            half = torch.linalg.solve_triangular(factor.mT, cross, upper=True, left=False)
-            found: Tensor = torch.linalg.solve_triangular(factor, half, upper=False, left=False)
-            return found
-        damping = max(10 * damping, 1e-8)
+    """``cross · (gram + λ·diag(gram))⁻¹`` (rows, inputs), float64, in place of ``cross``; λ grows until there is an inverse,
+    dead inputs get zero."""
+    with factored(gram, damping) as factor:
+        return substitute(factor, cross)
