@@ -154,9 +154,7 @@ class Walk:
         return self.values[node]
 
     def cast(self, value: Any) -> Any:
-        if self.dtype is not None and isinstance(value, Tensor) and value.is_floating_point():
-            return value.to(self.dtype)
-        return value
+        return value.to(_replaced(value.dtype, self.dtype)) if isinstance(value, Tensor) else value
 
 
 def finish(walk: Walk, nodes: Iterable[fx.Node], dying: Mapping[fx.Node, Sequence[fx.Node]]) -> Any:
@@ -179,9 +177,9 @@ def is_check(node: fx.Node) -> bool:
 
 
 def _retyped(value: Any, dtype: torch.dtype | None) -> Any:
-    """Literal floating-point dtypes replaced where one is given; what was traced without a device computes on the CPU."""
+    """Literal real and complex dtypes replaced where one is given; what was traced without a device computes on the CPU."""
     if isinstance(value, torch.dtype):
-        return dtype if dtype is not None and value.is_floating_point else value
+        return _replaced(value, dtype)
     if isinstance(value, torch.device):
         return CPU if value.type == "meta" else value
     if isinstance(value, tuple | list):
@@ -189,6 +187,13 @@ def _retyped(value: Any, dtype: torch.dtype | None) -> Any:
     if isinstance(value, dict):
         return {key: _retyped(part, dtype) for key, part in value.items()}
     return value
+
+
+def _replaced(dtype: torch.dtype, by: torch.dtype | None) -> torch.dtype:
+    """``by`` in place of a real dtype, complex numbers of its precision in place of a complex one."""
+    if by is None or not (dtype.is_floating_point or dtype.is_complex):
+        return dtype
+    return by.to_complex() if dtype.is_complex else by
 
 
 def last_uses(nodes: Sequence[fx.Node]) -> Mapping[fx.Node, list[fx.Node]]:

@@ -211,8 +211,9 @@ def _with_cache(model: torch.nn.Module, inputs: Inputs) -> float:
 
 
 def leaves(outputs: Any) -> list[Tensor]:
-    """The floating-point tensors among a model's outputs."""
-    return [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
+    """The floating-point tensors among a model's outputs; a complex one is two real ones."""
+    tensors = [value for value in pytree.tree_leaves(outputs) if isinstance(value, Tensor)]
+    return [torch.view_as_real(t) if t.is_complex() else t for t in tensors if t.is_floating_point() or t.is_complex()]
 
 
 def difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:

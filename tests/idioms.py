@@ -90,3 +90,21 @@ class Prototypes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cdist(self.near(x), self.rows) + F.cosine_similarity(self.like(x)[:, None], self.directions, dim=-1)
+
+
+@takes(2, 3, 8, 8)
+class FourierLayer(nn.Module):
+    """A Fourier neural operator: complex weights on the lowest frequencies, the others nought."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.past, self.last = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 5, 1), nn.Conv2d(5, 2, 1)
+        self.low, self.high = (nn.Parameter(torch.randn(6, 5, 2, 2, dtype=torch.complex64)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.lift(x)
+        found = torch.fft.rfft2(x)
+        spectrum = torch.zeros(x.shape[0], 5, 8, 5, dtype=torch.complex64)
+        spectrum[:, :, :2, :2] = torch.einsum("bixy,ioxy->boxy", found[:, :, :2, :2], self.low)
+        spectrum[:, :, -2:, :2] = torch.einsum("bixy,ioxy->boxy", found[:, :, -2:, :2], self.high)
+        return self.last(F.gelu(torch.fft.irfft2(spectrum, s=(8, 8)) + self.past(x)))

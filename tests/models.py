@@ -16,7 +16,7 @@ def sharpened(model: nn.Module, seed: int = 0) -> Any:
     """Weights redrawn so that every layer's outputs are of order one."""
     draw = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=draw)
+        noise = torch.randn(parameter.shape, generator=draw, dtype=parameter.dtype if parameter.is_complex() else None)
         parameter.data = noise * 1.5 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 1 + 0.3 * noise
     return model.eval()
 
