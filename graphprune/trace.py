@@ -25,6 +25,8 @@ Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "tag_activation_checkpoint", "wrap")
 """Higher-order regions that run their body once, unchanged: their bodies become part of the flat graph."""
 
+CASTS = (torch.ops.aten.to, torch.ops.aten._to_copy, torch.ops.aten.type_as)
+
 
 @dataclass(frozen=True, slots=True)
 class TracedTensor:
@@ -276,17 +278,22 @@ def _placed(flat: fx.Graph, node: fx.Node) -> fx.Node:
     return copy
 
 
-def _splice(module: fx.GraphModule, flat: fx.Graph, values: dict[fx.Node, Any]) -> Any:
-    """Copy the nodes of ``module`` into ``flat``, given its placeholders' values; returns what ``module`` returns."""
+def _splice(module: fx.GraphModule, flat: fx.Graph, values: dict[fx.Node, Any], casts: bool = False) -> Any:
+    """Copy the nodes of ``module`` into ``flat``, given its placeholders' values; returns what ``module`` returns.
+
+    ``casts`` where operations cast their operands as autocast has it.
+    """
     for node in module.graph.nodes:
         if node.op == "output":
             return fx.map_arg(node.args[0], values.__getitem__)
         if _is_region(node):
-            values[node] = _splice_region(module, node, flat, values)
+            values[node] = _splice_region(module, node, flat, values, casts)
         elif _takes_part(node) and isinstance(values[node.args[0]], tuple | list):
             values[node] = values[node.args[0]][node.args[1]]
         elif node.op != "placeholder":
             values[node] = flat.node_copy(node, values.__getitem__)
+            if casts:
+                _cast_operands(values[node])
     raise AssertionError("a graph without an output node")
 
 
@@ -298,10 +305,28 @@ def _takes_part(node: fx.Node) -> bool:
     return node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
 
 
-def _splice_region(module: fx.GraphModule, node: fx.Node, flat: fx.Graph, values: dict[fx.Node, Any]) -> Any:
+def _splice_region(module: fx.GraphModule, node: fx.Node, flat: fx.Graph, values: dict[fx.Node, Any], casts: bool) -> Any:
     place = next(i for i, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr")
     body = module.get_submodule(str(node.args[place].target))  # type: ignore[union-attr]
     assert isinstance(body, fx.GraphModule)
     operands = [fx.map_arg(operand, values.__getitem__) for operand in node.args[place + 1 :]]
     holders = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
-    return _splice(body, flat, dict(zip(holders, operands, strict=True)))
+    if "autocast" in str(node.target):
+        casts = bool(node.args[2])
+    return _splice(body, flat, dict(zip(holders, operands, strict=True)), casts)
+
+
+def _cast_operands(node: fx.Node) -> None:
+    """The casts of an operation under autocast, written out: its operands take the precision of its result."""
+    target, value = node.target, node.meta.get("val")
+    if not isinstance(target, torch._ops.OpOverload) or target.overloadpacket in CASTS or not isinstance(value, Tensor):
+        return
+    if target._schema.is_mutable or not value.is_floating_point():
+        return
+    for operand in node.all_input_nodes:
+        given = operand.meta.get("val")
+        if isinstance(given, Tensor) and given.is_floating_point() and given.dtype not in (value.dtype, torch.float64):
+            with node.graph.inserting_before(node):
+                cast = node.graph.call_function(torch.ops.aten.to.dtype, (operand, value.dtype))
+            cast.meta = {**node.meta, "val": given.to(value.dtype)}
+            node.replace_input_with(operand, cast)

@@ -108,3 +108,20 @@ class FourierLayer(nn.Module):
         spectrum[:, :, :2, :2] = torch.einsum("bixy,ioxy->boxy", found[:, :, :2, :2], self.low)
         spectrum[:, :, -2:, :2] = torch.einsum("bixy,ioxy->boxy", found[:, :, -2:, :2], self.high)
         return self.last(F.gelu(torch.fft.irfft2(spectrum, s=(8, 8)) + self.past(x)))
+
+
+@takes(2, 5, 8)
+class HalfPrecision(nn.Module):
+    """Part of the forward in half precision, and a norm within it in single precision again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate, self.down = nn.Linear(8, 14), nn.Linear(8, 14), nn.Linear(14, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = self.up(x) * self.gate(x).sigmoid()
+            with torch.autocast("cpu", enabled=False):
+                x = F.normalize(x.float(), dim=-1)
+            x = self.down(x)
+        return x.float()
