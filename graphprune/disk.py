@@ -83,9 +83,14 @@ def _read(file: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) ->
         while left:
             count = stream.readinto(left)
             if not count:
-                raise UserMistake(f"half a checkpoint: {file.name} ends too early", at=str(file.parent), fix="fetch it again")
+                raise cut_short(file)
             left = left[count:]
     return tensor
+
+
+def cut_short(file: Path) -> UserMistake:
+    """What to raise where a file ends before its tensors do."""
+    return UserMistake(f"half a checkpoint: {file.name} ends too early", at=str(file.parent), fix="fetch it again")
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -131,11 +136,11 @@ def available_memory() -> int | None:
 
 @contextmanager
 def given_back() -> Iterator[None]:
-    """Meanwhile, memory of 1 MiB or more goes back to the system as soon as it is free.
+    """Meanwhile, memory of 2 MiB or more goes back to the system as soon as it is free.
 
     Left alone, glibc keeps what tensors left in its heap, where small objects between them soon make it useless for larger ones.
     """
-    _map_apart(1 << 20)
+    _map_apart(2 << 20)
     try:
         yield
     finally:

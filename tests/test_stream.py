@@ -23,9 +23,11 @@ from graphprune.streamed import compile_streamed
 from tests.models import VOCABULARY, sharpened
 
 
-def saved(folder: Path, *, tied: bool = False, dtype: torch.dtype = torch.float32, shard: str = "30KB", layers: int = 2) -> Path:
+def saved(
+    folder: Path, *, tied: bool = False, dtype: torch.dtype = torch.float32, shard: str = "30KB", layers: int = 2, hidden: int = 48
+) -> Path:
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=88, num_hidden_layers=layers, num_attention_heads=6,
+        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=40 + hidden, num_hidden_layers=layers, num_attention_heads=6,
         num_key_value_heads=3, tie_word_embeddings=tied,
     )  # fmt: skip
     model = sharpened(transformers.LlamaForCausalLM(config)).to(dtype)
@@ -214,26 +216,82 @@ def test_a_model_of_four_times_the_allowed_memory_is_scored_and_cut(tmp_path: Pa
 
 
 KILLED = """
-import os, signal, sys, torch
+import os, random, shutil, signal, sys, time, torch
+from pathlib import Path
 from graphprune.rewrite import stream
 from graphprune.streamed import compile_streamed
 
 torch.set_num_threads(1)
-source, out, write = sys.argv[1], sys.argv[2], stream.write_all
-for last in (1, 9, 23):
+source, out, how, seed, times = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+draw, done, actions = random.Random(seed), [0], (stream.write_all, stream._copied)
+
+def watched(function, last):
+    def call(*given):
+        done[0] += 1
+        return function(*given) if done[0] != last else os.kill(os.getpid(), signal.SIGKILL)
+    return call
+
+def compiled(last=None):
+    stream.write_all, stream._copied = (watched(action, last) for action in actions)
+    compile_streamed(source, out, keep=0.6)
+
+def forked(last=None):
     child = os.fork()
     if not child:
-        writes = iter(range(last))
-        stream.write_all = lambda *given: write(*given) if next(writes, None) is not None else os.kill(os.getpid(), signal.SIGKILL)
-        compile_streamed(source, out, keep=0.6)
-    print(os.waitpid(child, 0)[1], os.path.exists(out), sum(".part" in name for name in os.listdir(os.path.dirname(out))))
+        compiled(last)
+        os._exit(0)
+    return child
+
+def writing():
+    return any(out.parent.glob(".out.*.part/*.safetensors"))
+
+def window(end):
+    child, begun = forked(), None
+    while begun is None or time.monotonic() - begun < end:
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return time.monotonic() - begun
+        begun = begun or (time.monotonic() if writing() else None)
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+whole = out.parent / "whole"
+if how == "steps":
+    compiled()  # counts them
+    moments = [draw.randint(1, done[0]) for _ in range(times)]
+    done[0] = 0
+else:
+    taken = window(1000)
+    moments = [taken * draw.random() for _ in range(times)]
+out.rename(whole)
+for moment in moments:
+    os.waitpid(forked(moment), 0) if how == "steps" else window(moment)
+    print(out.exists(), len(list(out.parent.glob(".out.*.part"))), moment, flush=True)
+    if out.exists():
+        assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in whole.iterdir()}
+        shutil.rmtree(out)
+done[0] = 0
 compile_streamed(source, out, keep=0.6)
 """
 
 
-def test_killed_anywhere_it_leaves_nothing_that_looks_complete_and_the_next_run_clears_up(tmp_path: Path) -> None:
-    source, out = saved(tmp_path / "model"), tmp_path / "out"
-    done = subprocess.run([sys.executable, "-c", KILLED, source, out], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["9 False 1"] * 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
-    assert tensors(out).keys() == tensors(source).keys()
+def kill(folder: Path, source: Path, how: str, seed: int, times: int) -> list[list[str]]:
+    given = [KILLED, source, folder / "out", how, str(seed), str(times)]
+    done = subprocess.run([sys.executable, "-c", *given], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr[-2000:]
+    assert sorted(path.name for path in folder.iterdir()) == ["model", "out", "whole"]
+    for file in (folder / "whole").iterdir():
+        assert (folder / "out" / file.name).read_bytes() == file.read_bytes()
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def test_killed_at_any_step_it_leaves_nothing_that_looks_complete_and_the_next_run_clears_up(tmp_path: Path) -> None:
+    found = kill(tmp_path, saved(tmp_path / "model"), "steps", 11, 4)
+    assert [row[:2] for row in found] == [["False", "1"]] * 4
+
+
+@pytest.mark.long
+def test_killed_at_any_time_while_two_threads_write_it_is_whole_or_not_there(tmp_path: Path) -> None:
+    found = kill(tmp_path, saved(tmp_path / "model", shard="9MB", hidden=480, layers=8), "time", 12, 24)
+    assert {tuple(row[:2]) for row in found} <= {("False", "1"), ("True", "0")}
+    assert sum(row[0] == "False" for row in found) > 12

@@ -1,16 +1,20 @@
 """A checkpoint directory, axes and what each factor keeps in, a smaller checkpoint directory out, block by block.
 
-The output has the shards of the input under the same names. No more than a block of one tensor is in memory at a time.
+The output has the shards of the input under the same names. What stays in one piece goes from file to file within the system; of
+the rest no more than a block of one tensor is in memory at a time.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from errno import EINVAL, ENOSYS, EOPNOTSUPP, EPERM, EXDEV
+from io import FileIO
 from math import prod
 from pathlib import Path
 
@@ -19,12 +23,18 @@ import torch
 from torch import Tensor
 
 from graphprune.axes import Axis, Keep
-from graphprune.disk import INDEX, NAMES, Checkpoint, Entry, as_bytes, write_all
+from graphprune.disk import INDEX, NAMES, Checkpoint, Entry, as_bytes, cut_short, write_all
 from graphprune.ranks import leads, told, wait
 from graphprune.rewrite.checkpoint import complete_or_nothing
 
-BLOCK = 4 << 20
-"""Bytes read at a time: few enough to stay in a processor's cache."""
+BLOCK = 1 << 20
+"""Bytes read at a time: few enough to stay in a processor's cache, and to be taken from memory that was used before."""
+
+PIECE = 4 << 10
+"""Bytes that rows which stay together must have, on average, to be copied from file to file."""
+
+CANNOT = (EINVAL, ENOSYS, EOPNOTSUPP, EPERM, EXDEV)
+"""How a system says that it cannot copy between two files by itself."""
 
 AT_ONCE = 2
 """Shards that are written side by side: one is picked apart while the other goes to the disk."""
@@ -63,13 +73,15 @@ def streamed(out: str | Path) -> Iterator[Path]:
 
 
 def _remove_if_dead(left: Path) -> None:
-    """The lock of a process that lives is held."""
+    """The lock of a process that lives is held; one that was killed as it began or ended has none."""
     try:
         with (left / LOCK).open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left, ignore_errors=True)
+    except FileNotFoundError:
+        pass
     except OSError:
         return
+    shutil.rmtree(left, ignore_errors=True)
 
 
 def write_cut(checkpoint: Checkpoint, axes: Mapping[str, tuple[Axis, ...]], keep: Keep, folder: Path) -> None:
@@ -78,8 +90,7 @@ def write_cut(checkpoint: Checkpoint, axes: Mapping[str, tuple[Axis, ...]], keep
     for name, entry in checkpoint.entries.items():
         shards[entry.file][name] = entry
     with ThreadPoolExecutor(AT_ONCE) as workers:
-        sizes = [workers.submit(_write_shard, own, axes, keep, folder / file.name) for file, own in shards.items()]
-        total = sum(size.result() for size in sizes)
+        total = sum(workers.map(lambda file: _write_shard(shards[file], axes, keep, folder / file.name), shards))
     weight_map = {name: file.name for file, own in shards.items() for name in own}
     if (checkpoint.folder / INDEX).is_file():
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -100,17 +111,58 @@ def _write_shard(entries: Mapping[str, Entry], axes: Mapping[str, tuple[Axis, ..
     with target.open("wb", buffering=0) as stream:
         write_all(stream, len(text).to_bytes(8, "little") + text)
         for name, entry in entries.items():
-            for block in _cut_blocks(entry, axes.get(name, ()), keep):
+            kept = {dim: torch.tensor(axis.kept(keep)) for dim, axis in enumerate(axes.get(name, ())) if axis.shrinks(keep)}
+            pieces = _pieces(entry, kept)
+            if pieces is not None:
+                _copy(entry.file, pieces, stream)
+                continue
+            for block in _cut_blocks(entry, kept):
                 write_all(stream, as_bytes(block.contiguous()))
     return place
 
 
-def _cut_blocks(entry: Entry, axes: tuple[Axis, ...], keep: Keep) -> Iterator[Tensor]:
+def _pieces(entry: Entry, kept: Mapping[int, Tensor]) -> list[tuple[int, int]] | None:
+    """Where the surviving bytes of a tensor begin and how many they are, run by run; None where they are in too many places."""
+    if not kept or not entry.size:
+        return [(entry.start, entry.size)]
+    if kept.keys() != {0} or not len(kept[0]):
+        return None
+    row, rows = entry.size // entry.shape[0], kept[0].numpy()
+    firsts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
+    counts = np.diff(firsts, append=len(rows))
+    pieces = zip((entry.start + row * rows[firsts]).tolist(), (row * counts).tolist(), strict=True)
+    return list(pieces) if row * len(rows) >= PIECE * len(firsts) else None
+
+
+def _copy(file: Path, pieces: Iterable[tuple[int, int]], target: FileIO) -> None:
+    """Append parts of one file to another."""
+    with file.open("rb", buffering=0) as source:
+        for start, size in pieces:
+            done = 0
+            while done < size:
+                count = _copied(source, start + done, size - done, target)
+                if not count:
+                    raise cut_short(file)
+                done += count
+
+
+def _copied(source: FileIO, start: int, size: int, target: FileIO) -> int:
+    """Append as many bytes as one call copies, and say how many."""
+    try:
+        return os.copy_file_range(source.fileno(), target.fileno(), size, start)
+    except AttributeError:
+        pass
+    except OSError as error:
+        if error.errno not in CANNOT:
+            raise
+    source.seek(start)
+    data = source.read(min(size, BLOCK))
+    write_all(target, data)
+    return len(data)
+
+
+def _cut_blocks(entry: Entry, kept: Mapping[int, Tensor]) -> Iterator[Tensor]:
     """The surviving part of a tensor, some rows at a time; rows that go are not even read where whole blocks of them go."""
-    if not entry.shape or not prod(entry.shape):
-        yield entry.read()
-        return
-    kept = {dim: torch.tensor(axis.kept(keep)) for dim, axis in enumerate(axes) if axis.shrinks(keep)}
     rows, step = entry.shape[0], max(1, BLOCK * entry.shape[0] // entry.size)
     for first in range(0, rows, step):
         last = min(rows, first + step)
