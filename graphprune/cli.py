@@ -130,7 +130,7 @@ def compile_(
             "target": _shares(target or ()),
         }  # fmt: skip
         sizes = samples or default.samples, length or default.length
-        text = _calibration(steps, source, calibration or "self", *sizes, batch, seed, show)
+        text = _calibration(steps, source, calibration, *sizes, batch, seed, show)
         if stream:
             _show(compile_streamed(model, output, **settings, calibration=text, progress=show), output)
             return
@@ -393,13 +393,13 @@ def _inputs(source: Source) -> Any:
 
 
 def _calibration(
-    steps: Sequence[Any], source: Source, spec: str, samples: int, length: int, batch: int, seed: int, show: Any
+    steps: Sequence[Any], source: Source, spec: str | None, samples: int, length: int, batch: int, seed: int, show: Any
 ) -> Calibration | None:
-    """Calibration data where some pass needs it; a data-free method needs no tokenizer and no text."""
-    if not any(Calibration in step.needs.values() for step in steps):
+    """Calibration data where it is asked for or some pass needs it; a data-free method needs no tokenizer and no text."""
+    if spec is None and not any(Calibration in step.needs.values() for step in steps):
         return None
     show("calibration text")
-    return calibrate(spec, source, samples=samples, length=length, batch=batch, seed=seed)
+    return calibrate(spec or "self", source, samples=samples, length=length, batch=batch, seed=seed)
 
 
 def _show(result: Result | Streamed, output: Path) -> None:

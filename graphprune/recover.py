@@ -75,7 +75,7 @@ class Recipe:
 PRESETS: Mapping[str, Recipe] = {
     "llm-pruner": Recipe(),
     "ten-minutes": Recipe(
-        method="full", lr=2e-4, epochs=None, minutes=10, batch=8, micro=8, warmup=5, beta2=0.95, written=128,
+        method="full", lr=2e-4, epochs=None, minutes=10, batch=4, micro=4, warmup=10, beta2=0.95, distill=0.3, written=64,
     ),
 }  # fmt: skip
 """LLM-Pruner's published recipe, and what suits ten minutes on two CPU cores (``docs/quality.md``)."""
