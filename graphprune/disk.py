@@ -135,12 +135,12 @@ def available_memory() -> int | None:
 
 
 @contextmanager
-def given_back() -> Iterator[None]:
-    """Meanwhile, memory of 2 MiB or more goes back to the system as soon as it is free.
+def given_back(size: int) -> Iterator[None]:
+    """Meanwhile, memory of so many bytes or more goes back to the system as soon as it is free, and costs more to get.
 
     Left alone, glibc keeps what tensors left in its heap, where small objects between them soon make it useless for larger ones.
     """
-    _map_apart(2 << 20)
+    _map_apart(size)
     try:
         yield
     finally:

@@ -35,6 +35,12 @@ from graphprune.select import Budget, select
 from graphprune.source import open_source, quiet
 from graphprune.trace import Inputs, Trace, trace
 
+BLOCKS = 2 << 20
+"""Bytes that the blocks in which files are read do not reach: their memory is used again and again."""
+
+VALUES = 128 << 10
+"""Bytes of a value or weight that is worth giving back where a graph is walked."""
+
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
@@ -95,7 +101,7 @@ def compile_streamed(
     given = {nn.Module: source.model, Example: Example(inputs), Emission: Emission(), Notes: Notes(notes), Budget: budget}
     given |= {} if plan is None else {Plan: plan}
     given |= {} if calibration is None else {Calibration: calibration}
-    with shared(out) as folder, given_back():
+    with shared(out) as folder, given_back(BLOCKS if calibration is None else VALUES):
         facts = run(stages, {**given, Files: Files(Checkpoint(source.path), folder)}, progress)
         pruned: Pruned = facts[Pruned]
         if pruned.config is None:
