@@ -20,8 +20,9 @@ the state of a recurrence) get their first-order Taylor scores, which ``sensitiv
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from graphprune import Axes, Calibration, Group, Groups, Scores
 from graphprune.capture import fitted, reading, see_output_gradients
-from graphprune.execute import Walk, finish, last_uses, tensors_of
+from graphprune.execute import Abreast, tensors_of
 from graphprune.matrices import Contracted, Product, products
 from graphprune.pipeline import find_pass, run
 
@@ -84,16 +85,22 @@ def obs(
 ) -> Scores:
     """Score units by what their removal costs after the others made up for it: (units,) each, float64.
 
-    One forward over all of the calibration, one backward over its first ``gradient_samples`` rows.
+    One forward over all of the calibration, the batches side by side so that only the squares of what is being read are held; one
+    backward over its first ``gradient_samples`` rows.
     """
     read_by, others = _read_by(groups)
-    grams = _grams(model, groups, calibration, {product for found in read_by.values() for product, _ in found})
     roots = _roots(model, calibration, read_by, gradient_samples) if gradients else {}
     weights = dict(model.named_parameters(remove_duplicate=False))
-    found = {}
-    for name, reads in read_by.items():
-        surgeons = [_surgeon(p, unit, weights[p.weight], grams[p], roots.get(p.weight), damping) for p, unit in reads]
-        found[name] = _greedy(surgeons, groups[name], block)
+    found: dict[str, Tensor] = {}
+    grams: dict[Product, Tensor] = {}
+    for product, gram in _grams(model, groups, calibration, {product for reads in read_by.values() for product, _ in reads}):
+        grams[product] = gram
+        for name, reads in read_by.items():
+            if name not in found and all(p in grams for p, _ in reads):
+                surgeons = [_surgeon(p, unit, weights[p.weight], grams[p], roots.get(p.weight), damping) for p, unit in reads]
+                found[name] = _greedy(surgeons, groups[name], block)
+        awaited = {p for name, reads in read_by.items() if name not in found for p, _ in reads}
+        grams = {p: kept for p, kept in grams.items() if p in awaited}
     if others:
         left = {nn.Module: model, Groups: replace(groups, groups=others), Calibration: calibration}
         found |= run([find_pass("taylor")], left)[Scores].units
@@ -145,9 +152,8 @@ def _units(product: Product, group: Group, axes: Axes, kernel: bool) -> Tensor:
     return columns.repeat_interleave(torch.Size(traced.shape[2:]).numel()) if kernel else columns
 
 
-@torch.no_grad()
-def _grams(model: nn.Module, groups: Groups, calibration: Calibration, wanted: set[Product]) -> dict[Product, Tensor]:
-    """Mean x·xᵀ of what each product reads, float64."""
+def _grams(model: nn.Module, groups: Groups, calibration: Calibration, wanted: set[Product]) -> Iterator[tuple[Product, Tensor]]:
+    """Mean x·xᵀ of what each product reads, float64, one product after another as all batches reach it."""
     spots: Mapping[tuple[fx.Node, fx.Node], Product] = {(p.node, p.operand): p for p in wanted}
     grams: dict[Product, Tensor] = {}
     count: dict[Product, int] = defaultdict(int)
@@ -157,17 +163,19 @@ def _grams(model: nn.Module, groups: Groups, calibration: Calibration, wanted: s
         if product is not None:
             x = product.layout.vectors(value)[0]
             gram = (x.T @ x).double()
-            grams[product] = grams[product] + gram if product in grams else gram
+            grams[product] = grams[product].add_(gram) if product in grams else gram
             count[product] += len(x)
         return value
 
     trace, readers = groups.axes.trace, {product.node for product in wanted}
     nodes = list(trace.graph.nodes)
-    needed = nodes[: 1 + max((place for place, node in enumerate(nodes) if node in readers), default=-1)]
-    tensors, dying = tensors_of(model, trace), last_uses(needed)
-    for flat in fitted(trace, calibration.inputs):
-        finish(Walk(trace, tensors, dict(zip(trace.inputs, flat, strict=True)), edit=look), needed, dying)
-    return {product: gram / count[product] for product, gram in grams.items()}
+    ends = [place + 1 for place, node in enumerate(nodes) if node in readers]
+    batches = list(fitted(trace, calibration.inputs))
+    walk = Abreast(trace, tensors_of(model, trace), batches, nodes[: max(ends, default=0)], look)
+    for begin, end in pairwise([0, *ends]):
+        for stretch in walk.stretches(nodes[begin:end]):
+            walk.run(stretch)
+        yield from ((product, grams.pop(product) / count[product]) for product in list(grams))
 
 
 def _roots(
