@@ -4,16 +4,17 @@
     PYTHONPATH=/tmp/peers python benchmarks/peers.py [--pairs 3] [--limit 120] [--plot peers.png] [NETWORK ...]
 
 Each run is a process of its own on one thread that imports everything first and prunes a two-layer toy to warm up; then the
-network of ``networks.py`` is built, and the clock runs from the model to the pruned model. Runs come in pairs, one after the
-other; ratios are medians over pairs. ``extra`` is what the process grew by at its peak, over the model's bytes. torch-pruning is
-asked for a quarter of every width; graphprune gets the share of parameters that this leaves (a quarter where the peer does not
-finish). It runs twice: as it is by default, which checks the result and finds the config that describes it (``ours``), and
-``bare``, without either, which is all that the peer does.
+network of ``networks.py`` is built, garbage is collected, and the clock runs from the model to the pruned model. Runs come in
+pairs, one after the other; ratios are medians over pairs. ``extra`` is what the process grew by at its peak, over the model's
+bytes. torch-pruning is asked for a quarter of every width; graphprune gets the share of parameters that this leaves (a quarter
+where the peer does not finish). It runs twice: as it is by default, which checks the result and finds the config that describes
+it (``ours``), and ``bare``, without either, which is all that the peer does.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -135,6 +136,7 @@ def one(system: str, name: str, keep: float) -> dict[str, float]:
     model, inputs = NETWORKS[name]()
     before = sum(p.numel() for p in model.parameters())
     size = 4 * before
+    gc.collect()
     with Peak() as peak:
         start = time.process_time()
         pruned = prune(model, inputs, keep, system == "bare")

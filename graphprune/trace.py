@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
 
 from graphprune.errors import ModelLimit, first_line
 from graphprune.known import Known, agrees, casts_that_do_nothing
 from graphprune.repeat import Repeats, unwritten, write_out
 from graphprune.slices import as_slices
+from graphprune.withheld import Withheld
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "tag_activation_checkpoint", "wrap")
@@ -95,7 +97,7 @@ def _plain(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyna
         program = _export(model, args, kwargs, dynamic)
     except ModelLimit as limit:
         program = _export_known(model, args, kwargs, limit)
-    return _as_trace(model, program, inline(program.graph_module), args, kwargs)
+    return _as_trace(model, program, inline(program.graph_module), _tensors(program, model), args, kwargs)
 
 
 def _export_known(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], first: ModelLimit) -> ExportedProgram:
@@ -115,16 +117,34 @@ def _repeated(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     repeats = Repeats(model, marked=True)
     if not repeats.families:
         return None
+    withheld = Withheld(model, repeats.families.values())
     with unwritten():
-        try:
-            with repeats.watching():
-                program = _export(model, args, kwargs, dynamic=False)
-        except ModelLimit:
-            return None
-        tensors = _tensors(program, model)[0]
-        names = {holder: tensor.name for holder, tensor in tensors.items() if tensor.kind != "constant"}
-        flat = write_out(inline(program.graph_module), names, repeats)
-    return None if flat is None else _as_trace(model, program, flat, args, kwargs)
+        found = _written_out(model, args, kwargs, repeats, withheld)
+        if withheld.asked:
+            found = _written_out(model, args, kwargs, Repeats(model, marked=True), Withheld(model, ()))
+        return found
+
+
+def _written_out(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], repeats: Repeats, withheld: Withheld
+) -> Trace | None:
+    """Every first call traced, what follows written out from it; None where something stands against it."""
+    try:
+        with repeats.watching(), withheld.away():
+            program = _export(model, args, kwargs, dynamic=False)
+    except ModelLimit:
+        return None
+    module, (tensors, constants) = inline(program.graph_module), _tensors(program, model)
+    holders = {node.meta["called"]: node for node in module.graph.nodes if node.op == "placeholder"}
+    seen = {spec.target: holders[spec.arg.name] for spec in program.graph_signature.input_specs if spec.target is not None}
+    if withheld.asked or not seen.keys() >= set(withheld.twins.values()):
+        return None
+    for name, node in withheld.placed(module.graph, seen).items():
+        twin = tensors[seen[withheld.twins[name]].meta["called"]]
+        tensors[node.name] = replace(twin, name=name, names=(name,))
+    names = {holder: tensor.name for holder, tensor in tensors.items() if tensor.kind != "constant"}
+    flat = write_out(module, names, repeats)
+    return None if flat is None else _as_trace(model, program, flat, (tensors, constants), args, kwargs)
 
 
 @contextmanager
@@ -141,11 +161,16 @@ def _without_gradients(model: nn.Module) -> Iterator[None]:
 
 
 def _as_trace(
-    model: nn.Module, program: ExportedProgram, flat: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module,
+    program: ExportedProgram,
+    flat: fx.GraphModule,
+    found: tuple[Mapping[str, TracedTensor], Mapping[str, Tensor]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Trace:
-    tensors, constants = _tensors(program, model)
+    held, constants = found
     called = {node.meta["called"]: node.name for node in flat.graph.nodes if node.op == "placeholder"}
-    tensors = {called[holder]: tensor for holder, tensor in tensors.items()}
+    tensors = {name: held[holder] for holder, name in called.items() if holder in held}
     values = {node: constants.get(tensors[node.name].name) for node in flat.graph.nodes if node.name in tensors}
     as_slices(flat.graph, {node: value for node, value in values.items() if value is not None})
     users = [called[spec.arg.name] for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
@@ -184,7 +209,13 @@ def _configs(model: nn.Module) -> list[Any]:
 def loops_over_experts(model: nn.Module) -> bool:
     """Whether a transformers mixture of experts loops over data-dependent expert sets, which cannot be exported; batched it can."""
     own = getattr(getattr(model, "config", None), "_experts_implementation", None)
-    return hasattr(model, "set_experts_implementation") and own not in ("batched_mm", "grouped_mm")
+    can = isinstance(model, PreTrainedModel) and any(_has_experts(module) for module in model.modules())
+    return can and own not in ("batched_mm", "grouped_mm")
+
+
+def _has_experts(module: Any) -> bool:
+    """Whether transformers can tell this model another way to run its experts."""
+    return isinstance(module, PreTrainedModel) and module._can_set_experts_implementation()
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune.errors import ModelLimit, RuleBug, UserMistake
+from graphprune.execute import tensors_of
+from graphprune.rewrite.graph import Smaller, smaller
 from tests.models import bert, gpt2, llama, residual, tokens
 
 CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 1e-4}
@@ -179,3 +181,15 @@ def test_a_pass_of_ones_own_and_the_order_of_passes() -> None:
         graphprune.compile(llama(), {"input_ids": tokens()}, method="taylor")
     with pytest.raises(UserMistake, match="no option"):
         graphprune.compile(llama(), {"input_ids": tokens()}, method="magnitude:q=3")
+
+
+@pytest.mark.parametrize("x", [torch.zeros(2, 6), torch.randn(2, 6)])
+def test_a_wrong_cut_is_seen_whatever_the_example_inputs_are(x: Tensor) -> None:
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False))
+    groups = graphprune.couple(graphprune.propagate(graphprune.trace(model, x)))
+    tensors, keep = tensors_of(model, groups.axes.trace), {group.factor: range(4) for group in groups}
+    cut = smaller(groups.axes, tensors, keep)
+    assert graphprune.verify(groups, tensors, [x], keep, cut) == 0.0
+    wrong = Smaller(cut.graph, {name: tensor.flip(0) for name, tensor in cut.tensors.items()})
+    with pytest.raises(RuleBug, match="masked original"):
+        graphprune.verify(groups, tensors, [x], keep, wrong)

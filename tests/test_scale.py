@@ -71,6 +71,29 @@ def test_a_block_traced_once_gives_the_same_trace(family: str) -> None:
     assert difference(graphprune.trace(model, inputs, repeat=False), graphprune.trace(model, inputs)) is None
 
 
+class Peeking(nn.Module):
+    """Reads a tensor of a block that it also runs: as it is, or if it is there."""
+
+    def __init__(self, ask: Callable[[nn.Module], Any]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)) for _ in range(3))
+        self.ask = ask
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        weight = self.ask(self.blocks[2][2])
+        return x if weight is None else x * weight.sum()
+
+
+@pytest.mark.parametrize("ask", [lambda m: m.weight, lambda m: getattr(m, "weight", None), lambda m: next(m.parameters())])
+def test_a_block_whose_tensors_are_read_from_outside_is_traced_with_them(ask: Callable[[nn.Module], Any]) -> None:
+    model, x = Peeking(ask), torch.randn(2, 6)
+    names = [name for name, _ in model.named_parameters()]
+    assert difference(graphprune.trace(model, x, repeat=False), graphprune.trace(model, x)) is None
+    assert [name for name, _ in model.named_parameters()] == names
+
+
 class Twin(nn.Module):
     """A block that computes with its own number, or keeps count of its calls."""
 
