@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from graphprune.rules.pointwise import pointwise
 from graphprune.rules.table import Op, Typed, aten, rule
 from graphprune.unify import ONE, Expression
+
+NONE, MEAN = 0, 1
+"""How torch numbers what a loss does with its elements."""
 
 
 def _reduced(op: Op, source: Typed, dims: Sequence[int]) -> tuple[Expression, ...]:
@@ -28,7 +33,8 @@ def total(op: Op) -> Typed:
 
 
 @rule(
-    aten.mean, aten.var, aten.std, aten.amax, aten.amin, aten.prod, aten.logsumexp, aten.any, aten.all, aten.var_mean, aten.median,
+    aten.mean, aten.var, aten.std, aten.amax, aten.amin, aten.prod, aten.logsumexp, aten.any, aten.all, aten.var_mean,
+    aten.std_mean, aten.median,
 )  # fmt: skip
 def statistic(op: Op) -> Typed | tuple[Typed, ...]:
     """Anything else over an axis changes with the number or the choice of its units."""
@@ -65,6 +71,30 @@ def running_total(op: Op) -> Typed:
         op.renormalise(source.axes[op.dim("dim", len(source.axes))], "scanned over it")
     op.use(source, op.dim("dim", len(source.axes)), "contracted")
     return Typed(source.axes)
+
+
+@rule(aten.cummax, aten.cummin)
+def running_extreme(op: Op) -> tuple[Typed, Typed]:
+    """The largest unit so far, and where it is."""
+    source = op["self"]
+    axis = source.axes[op.dim("dim", len(source.axes))]
+    op.renormalise(axis, f"{op.name} over it")
+    return Typed(source.axes), Typed(source.axes, axis)
+
+
+@rule(aten.mse_loss, aten.l1_loss, aten.smooth_l1_loss, aten.huber_loss)
+def distance(op: Op) -> Typed:
+    """Differences one by one, or the mean or the sum of all of them."""
+    shapes = ([op.length(axis) for axis in operand.axes] for operand in op.tensors)
+    axes = op.broadcast(op.tensors, tuple(torch.broadcast_shapes(*shapes)))  # type: ignore[no-untyped-call]
+    if op["reduction"] == NONE:
+        return Typed(axes)
+    for operand in op.tensors:
+        for dim in range(len(operand.axes)):
+            op.use(operand, dim, "contracted", apart=True)
+    for axis in axes if op["reduction"] == MEAN else ():
+        op.renormalise(axis, "averaged over")
+    return Typed(())
 
 
 @rule(aten.cosine_similarity)

@@ -199,6 +199,75 @@ def _moving(op: Op, source: Typed) -> set[int]:
     return set(op.dims("dims" if "dims" in op.arguments else "dim", rank))
 
 
+@rule(aten.diagonal)
+def diagonal(op: Op) -> Typed:
+    """Two dimensions that are one axis, which comes last; beside the main diagonal positions matter."""
+    axes = list(op["self"].axes)
+    one, other = (axes[op.dim(name, len(axes))] for name in ("dim1", "dim2"))
+    rest = [axis for dim, axis in enumerate(axes) if dim not in (op.dim("dim1", len(axes)), op.dim("dim2", len(axes)))]
+    if op["offset"] == 0 and op.length(one) == op.length(other):
+        op.equal(one, other)
+        return Typed((*rest, one))
+    for axis in (one, other):
+        op.pin(axis, "a diagonal of it")
+    return Typed((*rest, op.pinned(op.shape[-1], "a diagonal")))
+
+
+@rule(aten.diag_embed)
+def diag_embed(op: Op) -> Typed:
+    """The last axis becomes two dimensions, zero but on the diagonal; beside the main one positions matter."""
+    *axes, axis = op["self"].axes
+    places = sorted(op.dim(name, len(op.shape)) for name in ("dim1", "dim2"))
+    if op["offset"]:
+        op.pin(axis, "put beside a diagonal")
+        axis = op.pinned(op.shape[places[0]], "a diagonal")
+    for place in places:
+        axes.insert(place, axis)
+    return Typed(tuple(axes))
+
+
+@rule(aten.as_strided)
+def as_strided(op: Op) -> Typed:
+    """Windows, which may overlap, over some neighbouring dimensions; those before and after pass. A step is a product of sizes."""
+    source = op["self"].axes
+    found = next(_passing(op, source), None)
+    if found is None or op.get("storage_offset") or not op.node.args[0].meta["val"].is_contiguous():  # type: ignore[union-attr]
+        raise Conflict("addresses memory, not dimensions")
+    first, after = found
+    last, end = len(source) - after, len(op.shape) - after
+    for axis in source[first:last]:
+        op.pin(axis, "windows over it")
+    axes = (*source[:first], *(op.pinned(size, "windows") for size in op.shape[first:end]), *source[last:])
+    inner = _below(op, source, last - 1)
+    counts = (op.pinned(step // inner, "windows") for step in op["stride"][first:end])
+    steps = [source[place + 1 :] for place in range(len(source))]
+    steps[first:last] = [(count, *source[last:]) for count in counts]
+    op.literal("size", list(axes))
+    op.literal("stride", [op.product(*below) for below in steps])
+    return Typed(axes)
+
+
+def _below(op: Op, source: Sequence[Expression], place: int) -> int:
+    """How far apart the positions of a dimension lie in contiguous memory."""
+    return prod(map(op.length, source[place + 1 :]))
+
+
+def _passing(op: Op, source: Sequence[Expression]) -> Iterator[tuple[int, int]]:
+    """How many first and last dimensions pass, most first, so that the others read nothing but the others."""
+    mine = [(op.length(axis), _below(op, source, place)) for place, axis in enumerate(source)]
+    theirs = list(zip(op.shape, op["stride"], strict=True))
+    for passing in range(min(len(mine), len(theirs)), -1, -1):
+        for first in range(passing, -1, -1):
+            after = passing - first
+            inner = _below(op, source, len(mine) - after - 1)
+            windows = theirs[first : len(theirs) - after]
+            reach = sum((size - 1) * step for size, step in windows) + inner
+            within = reach <= inner * prod(size for size, _ in mine[first : len(mine) - after])
+            same = mine[:first] == theirs[:first] and mine[len(mine) - after :] == theirs[len(theirs) - after :]
+            if same and within and not any(step % inner for _, step in windows):
+                yield first, after
+
+
 @rule(aten.unfold)
 def unfold(op: Op) -> Typed:
     """Sliding windows along one dimension."""
