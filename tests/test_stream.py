@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from graphprune import disk, execute
 from graphprune.cli import main
 from graphprune.disk import Checkpoint, OnDisk, put
 from graphprune.errors import GraphpruneError
+from graphprune.rewrite import stream
 from graphprune.rewrite.stream import streamed
 from graphprune.streamed import compile_streamed
 from tests.models import VOCABULARY, sharpened
@@ -98,6 +101,26 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_with_the_reason(tmp_path: Pa
     with pytest.raises(GraphpruneError, match="cannot be used"):
         compile_streamed(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("code", [0, errno.EXDEV, errno.ENOSPC])
+def test_pieces_are_copied_whether_or_not_the_system_can(tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> int:
+        raise OSError(code, "no")
+
+    if code:
+        monkeypatch.setattr(os, "copy_file_range", refused)
+    monkeypatch.setattr(stream, "BLOCK", 7)
+    (tmp_path / "from").write_bytes(bytes(range(100)))
+    with (tmp_path / "to").open("wb", buffering=0) as target:
+        if code == errno.ENOSPC:
+            with pytest.raises(OSError, match="no"):
+                stream._copy(tmp_path / "from", [(3, 20)], target)
+            return
+        stream._copy(tmp_path / "from", [(3, 20), (40, 0), (50, 9)], target)
+        with pytest.raises(GraphpruneError, match="ends too early"):
+            stream._copy(tmp_path / "from", [(90, 20)], target)
+    assert (tmp_path / "to").read_bytes() == bytes([*range(3, 23), *range(50, 59), *range(90, 100)])
 
 
 def drawn(rows: int = 6) -> graphprune.Calibration:
@@ -248,12 +271,14 @@ def writing():
 def window(end):
     child, begun = forked(), None
     while begun is None or time.monotonic() - begun < end:
-        if os.waitpid(child, os.WNOHANG)[0]:
-            return time.monotonic() - begun
+        if begun is not None and out.exists():
+            break
         begun = begun or (time.monotonic() if writing() else None)
         time.sleep(0.001)
+    taken = time.monotonic() - begun
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+    return taken
 
 whole = out.parent / "whole"
 if how == "steps":
@@ -277,7 +302,7 @@ compile_streamed(source, out, keep=0.6)
 
 def kill(folder: Path, source: Path, how: str, seed: int, times: int) -> list[list[str]]:
     given = [KILLED, source, folder / "out", how, str(seed), str(times)]
-    done = subprocess.run([sys.executable, "-c", *given], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", *given], capture_output=True, text=True, check=False, timeout=1800)
     assert not done.returncode, done.stderr[-2000:]
     assert sorted(path.name for path in folder.iterdir()) == ["model", "out", "whole"]
     for file in (folder / "whole").iterdir():
@@ -294,4 +319,4 @@ def test_killed_at_any_step_it_leaves_nothing_that_looks_complete_and_the_next_r
 def test_killed_at_any_time_while_two_threads_write_it_is_whole_or_not_there(tmp_path: Path) -> None:
     found = kill(tmp_path, saved(tmp_path / "model", shard="9MB", hidden=480, layers=8), "time", 12, 24)
     assert {tuple(row[:2]) for row in found} <= {("False", "1"), ("True", "0")}
-    assert sum(row[0] == "False" for row in found) > 12
+    assert sum(row[0] == "False" for row in found) > 4
