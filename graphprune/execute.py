@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.distributed.tensor import DTensor
 
 from graphprune.disk import OnDisk
+from graphprune.known import is_check
 from graphprune.ranks import whole
 from graphprune.trace import Trace
 
@@ -38,8 +39,6 @@ RANDOM = tuple(
 )
 DRAWN = 0.5
 """What takes the place of every random number where computations of different sizes are compared in another precision."""
-
-CHECKS = ("aten::_assert_tensor_metadata", "aten::_assert_async", "aten::_assert_scalar")
 
 
 def tensors_of(model: nn.Module, trace: Trace) -> dict[str, Tensor]:
@@ -169,11 +168,6 @@ def finish(walk: Walk, nodes: Iterable[fx.Node], dying: Mapping[fx.Node, Sequenc
 def is_drawn(node: fx.Node) -> bool:
     """Whether a node's value is drawn at random, whatever its operands are."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name.rstrip("_") in RANDOM
-
-
-def is_check(node: fx.Node) -> bool:
-    """Whether a node only asserts something about its operand."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in CHECKS
 
 
 def _retyped(value: Any, dtype: torch.dtype | None) -> Any:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -50,16 +50,19 @@ MAKING = ("ones", "zeros", "full", "arange", "tensor", "linspace", "eye", "tril_
 ALIKE = ("ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full")
 """Factories; the latter read the shape and type of an operand, never its values."""
 
+CHECKS = ("aten::_assert_tensor_metadata", "aten::_assert_async", "aten::_assert_scalar")
+
 NOTHING = object()
 """Where nothing is known; functions that write return None."""
 
 
 class Known(TorchFunctionMode):
-    """Remembers the value of every tensor that depends on no input and no weight."""
+    """Remembers the value of every tensor that depends on no input and no weight; no loop goes to the ``spare`` last places."""
 
-    def __init__(self) -> None:
+    def __init__(self, spare: int = 0) -> None:
         self.values: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
         self.everywhere = False
+        self.spare = spare
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute, in the trace and, where everything is known, for real."""
@@ -71,8 +74,10 @@ class Known(TorchFunctionMode):
             return pytree.tree_map_only(Tensor, self._stated, real)
         if real is NOTHING and _asks_where(func, args, kwargs):
             self.everywhere = True
-            return [self._stated(place) for place in _places(args[0].shape[0])]
+            return [self._stated(place) for place in _places(args[0].shape[0] - self.spare)]
         result = func(*args, **kwargs)
+        if self.everywhere and _asks(func, args, kwargs):
+            _assume_some(result)
         if real is not NOTHING:
             self._remember(result, real)
         return result
@@ -129,6 +134,13 @@ def _asks_where(func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
     return args[0].dtype is torch.bool and args[0].ndim == 1 and isinstance(args[0].shape[0], int)
 
 
+def _assume_some(found: Any) -> None:
+    """Trace what a loop does with what it found, not that it does nothing where there is nothing."""
+    for places in pytree.tree_leaves(found):
+        if isinstance(places, Tensor) and places.ndim:
+            torch._check(places.shape[0] != 0)  # type: ignore[no-untyped-call]
+
+
 def _places(count: int) -> tuple[Tensor, ...]:
     with _disable_current_modes(), torch._C.DisableTorchFunction():
         return torch.arange(count)[:, None].unbind()
@@ -159,6 +171,20 @@ def agrees(model: nn.Module, program: ExportedProgram, args: tuple[Any, ...], kw
     alike = pytree.tree_map_only(Tensor, lambda x: x[:1, ..., :1].expand_as(x).clone() if _is_words(x) else x, (args, kwargs))
     runs = program.module()
     return all(_close(runs(*a, **k), model(*a, **k)) for a, k in ((args, kwargs), alike))
+
+
+def without_checks(program: ExportedProgram) -> None:
+    """Drop what a trace assumed: where nothing was found, products of no rows do nothing either."""
+    for region in program.graph_module.modules():
+        if isinstance(region, fx.GraphModule):
+            for node in filter(is_check, list(region.graph.nodes)):
+                region.graph.erase_node(node)
+            region.recompile()
+
+
+def is_check(node: fx.Node) -> bool:
+    """Whether a node only asserts something about its operand."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in CHECKS
 
 
 def _is_words(x: Tensor) -> bool:

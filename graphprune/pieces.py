@@ -19,8 +19,8 @@ from torch import Tensor, fx
 from graphprune.axes import Factor, Keep, Place
 from graphprune.dependency import useless
 from graphprune.errors import ModelLimit, UserMistake, nearest
-from graphprune.execute import is_check
 from graphprune.groups import Frozen, Group, Groups, Member
+from graphprune.known import is_check
 from graphprune.propagate import Axes, source_line
 from graphprune.unify import Reason
 

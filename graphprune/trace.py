@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from graphprune.errors import ModelLimit, first_line
-from graphprune.known import Known, agrees, casts_that_do_nothing
+from graphprune.known import Known, agrees, casts_that_do_nothing, without_checks
 from graphprune.repeat import Repeats, unwritten, write_out
 from graphprune.slices import as_slices
 from graphprune.withheld import Withheld
@@ -102,14 +102,20 @@ def _plain(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyna
 
 def _export_known(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], first: ModelLimit) -> ExportedProgram:
     """Once more for a model that asks its own constants for values, or loops over experts hit; else the ``first`` limit."""
-    with Known() as known, casts_that_do_nothing():
-        try:
-            program = _export(model, args, kwargs, dynamic=False)
-        except ModelLimit:
-            raise first from None
-    if known.everywhere and not agrees(model, program, args, kwargs):
+    loops = False
+    for spare in (0, 1):
+        with Known(spare) as known, casts_that_do_nothing():
+            try:
+                program = _export(model, args, kwargs, dynamic=False)
+            except ModelLimit:
+                continue
+        without_checks(program)
+        if not known.everywhere or agrees(model, program, args, kwargs):
+            return program
+        loops = True
+    if loops:
         raise ModelLimit(f"{type(model).__name__} cannot be exported", why="it loops over places that depend on data")
-    return program
+    raise first
 
 
 def _repeated(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace | None:

@@ -105,6 +105,30 @@ def test_a_loop_over_experts_is_traced_over_all_of_them() -> None:
         torch.testing.assert_close(found, model(rows))
 
 
+class OneMore(Loop):
+    """Counts one more expert than there are, and asks of each whether anybody chose it."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids).flatten(0, 1)
+        chosen = torch.nn.functional.one_hot(self.router(x).argmax(-1), num_classes=4)
+        out = torch.zeros_like(x)
+        for expert in torch.greater(chosen.sum(0), 0).nonzero():
+            with torch.no_grad():
+                (rows,) = torch.where(chosen[:, expert[0]])
+            if rows.numel() == 0:
+                continue
+            out.index_add_(0, rows, self.experts[expert[0]](x[rows]))
+        return out
+
+
+def test_a_loop_may_count_an_expert_too_many_and_leave_out_what_nobody_chose() -> None:
+    model, ids = OneMore(0.0), torch.arange(10).view(2, 5) % 9
+    traced = trace(model, (ids,))
+    for rows in (ids, torch.zeros_like(ids)):
+        (found,) = execute(traced, tensors_of(model, traced), [rows])
+        torch.testing.assert_close(found, model(rows))
+
+
 def test_a_loop_that_does_something_for_experts_nobody_chose_is_not() -> None:
     with pytest.raises(ModelLimit, match="depend on data"):
         trace(Loop(1.0), (torch.arange(10).view(2, 5) % 9,))
