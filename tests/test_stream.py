@@ -239,19 +239,22 @@ def test_a_model_of_four_times_the_allowed_memory_is_scored_cut_and_repaired(tmp
 
 
 KILLED = """
-import os, random, shutil, signal, sys, time, torch
+import os, random, shutil, signal, sys, threading, time, torch
 from pathlib import Path
 from graphprune.rewrite import stream
 from graphprune.streamed import compile_streamed
 
 torch.set_num_threads(1)
 source, out, how, seed, times = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
-draw, done, actions = random.Random(seed), [0], (stream.write_all, stream._copied)
+draw, done, actions, lock = random.Random(seed), [0], (stream.write_all, stream._copied), threading.Lock()
 
 def watched(function, last):
     def call(*given):
-        done[0] += 1
-        return function(*given) if done[0] != last else os.kill(os.getpid(), signal.SIGKILL)
+        with lock:
+            done[0] += 1
+            if done[0] == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return function(*given)
     return call
 
 def compiled(last=None):
@@ -290,7 +293,10 @@ else:
     moments = [taken * draw.random() for _ in range(times)]
 out.rename(whole)
 for moment in moments:
-    os.waitpid(forked(moment), 0) if how == "steps" else window(moment)
+    if how == "steps":
+        assert os.waitpid(forked(moment), 0)[1] == signal.SIGKILL, moment
+    else:
+        window(moment)
     print(out.exists(), len(list(out.parent.glob(".out.*.part"))), moment, flush=True)
     if out.exists():
         assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in whole.iterdir()}
