@@ -90,6 +90,19 @@ def test_nothing_is_left_of_a_run_that_fails_and_a_dead_one_is_cleared_away(tmp_
         compile_streamed(source, tmp_path / "out")
 
 
+def test_a_run_is_alive_until_its_output_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.replace
+
+    def slowly(part: Path, name: Path) -> Path:
+        stream._remove_if_dead(part)  # what another run does that begins now
+        return rename(part, name)
+
+    monkeypatch.setattr(Path, "replace", slowly)
+    with streamed(tmp_path / "out") as folder:
+        (folder / "weights").write_text("all of them")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["weights"]
+
+
 def test_a_damaged_or_foreign_checkpoint_is_refused_with_the_reason(tmp_path: Path) -> None:
     source = saved(tmp_path / "model", shard="1GB")
     state = load_file(source / "model.safetensors")

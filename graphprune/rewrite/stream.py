@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from errno import EINVAL, ENOSYS, EOPNOTSUPP, EPERM, EXDEV
 from io import FileIO
 from math import prod
@@ -45,8 +45,6 @@ WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 REPLACED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 """Files that are not copied: weights in any form, and their index."""
 
-LOCK = ".writing"
-
 
 @contextmanager
 def shared(out: str | Path) -> Iterator[Path]:
@@ -66,22 +64,27 @@ def streamed(out: str | Path) -> Iterator[Path]:
     path = Path(out)
     for left in path.parent.glob(f".{path.name}.*.part"):
         _remove_if_dead(left)
-    with complete_or_nothing(path) as folder, (folder / LOCK).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with ExitStack() as held, complete_or_nothing(path) as folder:
+        with suppress(OSError):  # where directories cannot be locked, none is taken for dead either
+            held.enter_context(_locked(folder))
         yield folder
-        (folder / LOCK).unlink()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """A directory's lock: it stays with it under another name and ends with its process. OSError where it is not to be had."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _remove_if_dead(left: Path) -> None:
-    """The lock of a process that lives is held; one that was killed as it began or ended has none."""
-    try:
-        with (left / LOCK).open("r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        pass
-    except OSError:
-        return
-    shutil.rmtree(left, ignore_errors=True)
+    """The lock of a process that lives is held."""
+    with suppress(OSError), _locked(left):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def write_cut(checkpoint: Checkpoint, axes: Mapping[str, tuple[Axis, ...]], keep: Keep, folder: Path) -> None:
