@@ -87,11 +87,12 @@ def check_masked(
     exact = {group.factor: keep[group.factor] for group in groups if group.exact and group.factor in keep}
     if not exact or any(tensor.is_meta for tensor in tensors.values()):
         return 0.0
-    worst = _gap(groups.axes, tensors, _examples(inputs), exact, cut if len(exact) == len(keep) else None)
+    examples = _examples(inputs)
+    worst = _gap(groups.axes, tensors, examples, exact, cut if len(exact) == len(keep) else None)
     if worst > TOLERANCE:
         raise RuleBug(
             f"the smaller model does not compute what the masked original does (difference {worst:.1e})",
-            at=_culprit(groups, tensors, inputs, exact),
+            at=_culprit(groups, tensors, examples, exact),
             why="an axis rule is wrong for this model; nothing was written",
             fix="protect that group, and please report it",
         )
@@ -108,9 +109,9 @@ def _gap(
     return max(difference(leaves(mine), leaves(theirs)) for mine, theirs in zip(found, wanted, strict=True))
 
 
-def _culprit(groups: Groups, tensors: Mapping[str, Tensor], inputs: Sequence[Any], keep: Keep) -> str:
+def _culprit(groups: Groups, tensors: Mapping[str, Tensor], examples: Sequence[Sequence[Any]], keep: Keep) -> str:
     alone = ((group.name, {group.factor: keep[group.factor]}) for group in groups if group.factor in keep)
-    return next((name for name, only in alone if _gap(groups.axes, tensors, [inputs], only) > TOLERANCE), "several groups together")
+    return next((name for name, only in alone if _gap(groups.axes, tensors, examples, only) > TOLERANCE), "several groups together")
 
 
 def _examples(inputs: Sequence[Any]) -> list[Sequence[Any]]:

@@ -178,7 +178,7 @@ def _kept(model: nn.Module, name: str) -> dict[int, list[Place]]:
 class Options:
     """For each kind of place, the values that its places may take: what the evidence says first, then what else it says."""
 
-    def __init__(self, found: Sequence[Evidence], less: Sequence[Evidence], coincidences: Collection[Kind] = ()) -> None:
+    def __init__(self, found: Sequence[Evidence], less: Sequence[Evidence], doubted: Collection[Kind]) -> None:
         values: dict[Place, dict[int, None]] = defaultdict(dict)
         for item in [*found, *less]:
             for place in item.places:
@@ -187,9 +187,9 @@ class Options:
         for place, afters in values.items():
             self.kinds[place.kind].append((place, tuple(afters)))
         likely = (place.kind for item in found for row in item.rows[:1] for place in row)
-        self.likely = {kind: 0 for kind in likely if kind not in coincidences}
+        self.likely = {kind: 0 for kind in likely if kind not in doubted}
         own = {place.kind for item in found for place in item.places if place.kind[0] == _pattern(item.module)}
-        self.sure = own.difference(coincidences)
+        self.sure = own.difference(doubted)
 
     def choice(self, picked: Mapping[Kind, int]) -> Choice:
         """The values of a guess: of each picked kind, the alternative of that number."""
