@@ -222,7 +222,8 @@ class _Walk:
         return tuple(self._own(part, node) for part in result) if isinstance(result, tuple | list) else result
 
     def _in_place(self, op: Op, result: Any) -> None:
-        if is_in_place(op.node.target) and isinstance(op.get("self"), Typed) and isinstance(result, Typed):
+        writes = is_in_place(op.node.target) and torch.Tag.inplace_view not in op.node.target.tags  # type: ignore[union-attr]
+        if writes and isinstance(op.get("self"), Typed) and isinstance(result, Typed):
             for axis, other in zip(op["self"].axes, result.axes, strict=False):
                 op.equal(axis, other)
 

@@ -228,44 +228,51 @@ def diag_embed(op: Op) -> Typed:
 
 @rule(aten.as_strided)
 def as_strided(op: Op) -> Typed:
-    """Windows, which may overlap, over some neighbouring dimensions; those before and after pass. A step is a product of sizes."""
-    source = op["self"].axes
-    found = next(_passing(op, source), None)
-    if found is None or op.get("storage_offset") or not op.node.args[0].meta["val"].is_contiguous():  # type: ignore[union-attr]
+    """Windows, which may overlap, over dimensions that are neighbours in memory; the others pass. A step is a product of sizes."""
+    given = op.node.args[0].meta["val"]  # type: ignore[union-attr]
+    order, places = _descending(given.stride()), _descending(op["stride"])
+    source, strides = [op["self"].axes[dim] for dim in order], [given.stride(dim) for dim in order]
+    mine = list(zip(map(op.length, source), strides, strict=True))
+    theirs = [(op.shape[place], op["stride"][place]) for place in places]
+    found = next(_passing(mine, theirs), None)
+    dense = strides == [_inner(mine, place + 1) for place in range(len(mine))]
+    if found is None or op.get("storage_offset") or not dense:
         raise Conflict("addresses memory, not dimensions")
-    first, after = found
-    last, end = len(source) - after, len(op.shape) - after
+    first, last, end = found
     for axis in source[first:last]:
         op.pin(axis, "windows over it")
-    axes = (*source[:first], *(op.pinned(size, "windows") for size in op.shape[first:end]), *source[last:])
-    inner = _below(op, source, last - 1)
-    counts = (op.pinned(step // inner, "windows") for step in op["stride"][first:end])
+    windows = [(op.pinned(size, "windows"), op.pinned(step // _inner(mine, last), "windows")) for size, step in theirs[first:end]]
+    axes = [*source[:first], *(axis for axis, _ in windows), *source[last:]]
     steps = [source[place + 1 :] for place in range(len(source))]
-    steps[first:last] = [(count, *source[last:]) for count in counts]
-    op.literal("size", list(axes))
-    op.literal("stride", [op.product(*below) for below in steps])
-    return Typed(axes)
+    steps[first:last] = [[count, *source[last:]] for _, count in windows]
+    back = [places.index(dim) for dim in range(len(places))]
+    op.literal("size", [axes[place] for place in back])
+    op.literal("stride", [op.product(*steps[place]) for place in back])
+    return Typed(tuple(axes[place] for place in back))
 
 
-def _below(op: Op, source: Sequence[Expression], place: int) -> int:
-    """How far apart the positions of a dimension lie in contiguous memory."""
-    return prod(map(op.length, source[place + 1 :]))
+def _descending(strides: Sequence[int]) -> list[int]:
+    """Dimensions as they lie in memory, outermost first."""
+    return sorted(range(len(strides)), key=lambda dim: -strides[dim])
 
 
-def _passing(op: Op, source: Sequence[Expression]) -> Iterator[tuple[int, int]]:
-    """How many first and last dimensions pass, most first, so that the others read nothing but the others."""
-    mine = [(op.length(axis), _below(op, source, place)) for place, axis in enumerate(source)]
-    theirs = list(zip(op.shape, op["stride"], strict=True))
+def _inner(mine: Sequence[tuple[int, int]], last: int) -> int:
+    """How far apart in memory the positions of the dimension before ``last`` lie."""
+    return prod(size for size, _ in mine[last:])
+
+
+def _passing(mine: Sequence[tuple[int, int]], theirs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """Which dimensions (sizes and steps) do not pass: of ``mine`` from, to, and of ``theirs`` to; fewest first. They read nothing
+    but each other."""
     for passing in range(min(len(mine), len(theirs)), -1, -1):
         for first in range(passing, -1, -1):
-            after = passing - first
-            inner = _below(op, source, len(mine) - after - 1)
-            windows = theirs[first : len(theirs) - after]
+            last, end = len(mine) - passing + first, len(theirs) - passing + first
+            inner, windows = _inner(mine, last), theirs[first:end]
             reach = sum((size - 1) * step for size, step in windows) + inner
-            within = reach <= inner * prod(size for size, _ in mine[first : len(mine) - after])
-            same = mine[:first] == theirs[:first] and mine[len(mine) - after :] == theirs[len(theirs) - after :]
+            within = reach <= inner * prod(size for size, _ in mine[first:last])
+            same = mine[:first] == theirs[:first] and mine[last:] == theirs[end:]
             if same and within and not any(step % inner for _, step in windows):
-                yield first, after
+                yield first, last, end
 
 
 @rule(aten.unfold)
