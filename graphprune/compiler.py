@@ -31,7 +31,7 @@ from graphprune.rewrite.module import copy_cut, emit_module, over
 from graphprune.rewrite.stock import expressible, obviously_expressible, stock_config
 from graphprune.select import Budget, allowed_kinds, for_kind, select
 from graphprune.trace import Inputs, Trace, trace
-from graphprune.verify import check_masked, close, computes, decodes, reference
+from graphprune.verify import Reference, checked, close, computes, decodes, reference
 
 TRIED_STEPS = 8
 """How many roundings are tried to find sizes a config accepts."""
@@ -251,16 +251,14 @@ def rewrite(model: nn.Module, groups: Groups, plan: Plan, example: Example, emis
     axes, keep = groups.axes, plan.keep(groups)
     tensors, inputs = tensors_of(model, axes.trace), axes.trace.flatten(example.inputs)
     cut = smaller(axes, tensors, keep)
-    if emission.verify:
-        check_masked(groups, tensors, inputs, keep, cut)
+    exact = checked(groups, tensors, inputs, keep, cut)[1] if emission.verify else None
     if emission.emit == "graph":
         return Pruned(PrunedGraph(axes.trace, cut.graph, cut.tensors), obstacle="a graph has no config")
-    return _as_module(model, axes, keep, cut, inputs, example)
+    wanted = reference(axes.trace, cut.tensors, inputs, cut.graph, exact)
+    return _as_module(model, axes, keep, cut, wanted, example)
 
 
-def _as_module(model: nn.Module, axes: Axes, keep: Keep, cut: Smaller, inputs: Sequence[Any], example: Example) -> Pruned:
-    wanted = reference(axes.trace, cut.tensors, inputs, cut.graph)
-
+def _as_module(model: nn.Module, axes: Axes, keep: Keep, cut: Smaller, wanted: Reference, example: Example) -> Pruned:
     def accept(emitted: nn.Module) -> bool:
         return close(emitted, example.inputs, wanted)
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from graphprune.axes import Axis, Keep
 from graphprune.errors import RuleBug
 from graphprune.execute import Edit, execute, execute_all, is_drawn
 from graphprune.groups import Groups
+from graphprune.memory import untouched
 from graphprune.propagate import Axes
 from graphprune.rewrite.graph import Smaller, smaller
 from graphprune.trace import Inputs, Trace, as_call, exportable, loops_over_experts
@@ -84,11 +85,18 @@ def check_masked(
     ``cut`` is the smaller computation where it is at hand. Returns the largest difference. Raises RuleBug naming the first
     group that fails on its own.
     """
+    return checked(groups, tensors, inputs, keep, cut)[0]
+
+
+def checked(
+    groups: Groups, tensors: Mapping[str, Tensor], inputs: Sequence[Any], keep: Keep, cut: Smaller | None = None
+) -> tuple[float, Sequence[Tensor] | None]:
+    """The same; also what the smaller computation gives on the inputs, in double precision, where all of the cut was checked."""
     exact = {group.factor: keep[group.factor] for group in groups if group.exact and group.factor in keep}
     if not exact or any(tensor.is_meta for tensor in tensors.values()):
-        return 0.0
-    examples = _examples(inputs)
-    worst = _gap(groups.axes, tensors, examples, exact, cut if len(exact) == len(keep) else None)
+        return 0.0, None
+    examples, whole = _examples(inputs), len(exact) == len(keep)
+    worst, outputs = _gap(groups.axes, tensors, examples, exact, cut if whole else None)
     if worst > TOLERANCE:
         raise RuleBug(
             f"the smaller model does not compute what the masked original does (difference {worst:.1e})",
@@ -96,22 +104,27 @@ def check_masked(
             why="an axis rule is wrong for this model; nothing was written",
             fix="protect that group, and please report it",
         )
-    return worst
+    drawn = any(map(is_drawn, groups.axes.trace.graph.nodes))
+    return worst, outputs if whole and not drawn else None
 
 
 def _gap(
     axes: Axes, tensors: Mapping[str, Tensor], examples: Sequence[Sequence[Any]], keep: Keep, cut: Smaller | None = None
-) -> float:
-    """The largest difference on any example between the smaller computation and the masked original."""
+) -> tuple[float, Sequence[Tensor]]:
+    """The largest difference on any example between the smaller computation and the masked original, and what the former
+    gives on the first."""
     cut = cut or smaller(axes, tensors, keep)
     found = execute_all(axes.trace, cut.tensors, examples, graph=cut.graph, dtype=torch.float64)
     wanted = execute_all(axes.trace, tensors, examples, dtype=torch.float64, edit=masks(axes, keep))
-    return max(difference(leaves(mine), leaves(theirs)) for mine, theirs in zip(found, wanted, strict=True))
+    worst = max(difference(leaves(mine), leaves(theirs)) for mine, theirs in zip(found, wanted, strict=True))
+    return worst, leaves(found[0])
 
 
 def _culprit(groups: Groups, tensors: Mapping[str, Tensor], examples: Sequence[Sequence[Any]], keep: Keep) -> str:
     alone = ((group.name, {group.factor: keep[group.factor]}) for group in groups if group.factor in keep)
-    return next((name for name, only in alone if _gap(groups.axes, tensors, examples, only) > TOLERANCE), "several groups together")
+    return next(
+        (name for name, only in alone if _gap(groups.axes, tensors, examples, only)[0] > TOLERANCE), "several groups together"
+    )
 
 
 def _examples(inputs: Sequence[Any]) -> list[Sequence[Any]]:
@@ -145,25 +158,40 @@ def same_draws() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Outputs that a model is held to; ``exactly`` computes them in double precision, where that can be had."""
+    """What a model is held to: its ``outputs``, and what it gives ``exactly``, in double precision, where that can be had.
 
-    outputs: Sequence[Tensor]
+    Where the latter is ``known``, that alone does for a model that comes as close to it as two orders of operations may.
+    """
+
+    outputs: Callable[[], Sequence[Tensor]]
     exactly: Callable[[], Sequence[Tensor]] | None = None
+    known: bool = False
 
     def agrees(self, found: Sequence[Tensor]) -> bool:
         """Whether outputs differ from these by no more than rounding; how much that is, is measured where it matters."""
-        gap = difference(found, self.outputs)
         limit = max((SURE.get(tensor.dtype, LOOSE) for tensor in found), default=0.0)
+        if self.known and self.exactly is not None and difference(found, self.exactly()) <= limit:
+            return True
+        gap = difference(found, self.outputs())
         if gap <= limit or gap > ROUNDINGS * ROUNDINGS * LOOSE:
             return gap <= limit
-        return gap <= (LOOSE if self.exactly is None else ROUNDINGS * difference(self.outputs, self.exactly()))
+        return gap <= (LOOSE if self.exactly is None else ROUNDINGS * difference(self.outputs(), self.exactly()))
 
 
-def reference(trace: Trace, tensors: Mapping[str, Tensor], inputs: Sequence[Any], graph: fx.Graph) -> Reference:
-    """What a graph computes."""
+def reference(
+    trace: Trace, tensors: Mapping[str, Tensor], inputs: Sequence[Any], graph: fx.Graph, exact: Sequence[Tensor] | None = None
+) -> Reference:
+    """What a graph computes; with its ``exact`` outputs at hand, its own are computed if they are ever asked for."""
     run = partial(execute, trace, tensors, inputs, graph=graph)
-    with same_draws():
-        outputs = leaves(run())
+
+    @cache
+    def outputs() -> Sequence[Tensor]:
+        with same_draws(), torch._C.DisableTorchFunction():
+            return leaves(run())
+
+    if exact is not None:
+        return Reference(outputs, lambda: exact, known=True)
+    outputs()
     return Reference(outputs, None if any(map(is_drawn, graph.nodes)) else lambda: leaves(run(dtype=torch.float64)))
 
 
@@ -178,9 +206,9 @@ def close(emitted: torch.nn.Module, inputs: Inputs, wanted: Reference) -> bool:
 @torch.no_grad()
 def computes(emitted: torch.nn.Module, inputs: Inputs, wanted: Reference) -> bool:
     """The same, but what the model raises is raised. Experts are run as they were traced and as the model runs them."""
-    args, kwargs = as_call(inputs)
     for batched in {True, not loops_over_experts(emitted)}:
-        with exportable(emitted, batched), same_draws():
+        args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, as_call(inputs))
+        with exportable(emitted, batched), same_draws(), untouched(emitted):
             found = leaves(emitted(*args, **kwargs))
         if not wanted.agrees(found):
             return False

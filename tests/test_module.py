@@ -380,5 +380,5 @@ def test_a_small_difference_that_is_no_rounding_is_seen() -> None:
 )
 def test_rounding_is_measured_on_the_model(rounding: float, gap: float, same: bool) -> None:
     """Ten times what single precision loses on the model itself may pass, and what any order of operations loses."""
-    wanted = Reference([torch.ones(3)], lambda: [torch.full((3,), 1 + rounding, dtype=torch.float64)])
+    wanted = Reference(lambda: [torch.ones(3)], lambda: [torch.full((3,), 1 + rounding, dtype=torch.float64)])
     assert wanted.agrees([torch.full((3,), 1 + gap)]) is same
