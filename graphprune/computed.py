@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.execute import Walk
-from graphprune.rules import NUMBERED, is_in_place
+from graphprune.memory import written
+from graphprune.rules import NUMBERED
 from graphprune.trace import Trace
 
 
@@ -26,14 +27,14 @@ def computed(trace: Trace) -> frozenset[fx.Node]:
             still.add(node)
             if _is_numbered(node) or any(operand in found for operand in node.all_input_nodes):
                 found.add(node)
-    written = [node.args[0] for node in trace.graph.nodes if _writes(node)]
-    return frozenset(found - _connected([node for node in written if node in found], found))
+    changed = [operand for node in trace.graph.nodes for operand in written(node)]
+    return frozenset(found - _connected([node for node in changed if node in found], found))
 
 
 def _is_still(trace: Trace, node: fx.Node, still: set[fx.Node]) -> bool:
     if node.op == "placeholder":
         return node.name in trace.tensors and _is_known(trace.constants.get(trace.tensors[node.name].name))
-    if node.op != "call_function" or _writes(node) or not isinstance(node.meta.get("val"), Tensor):
+    if node.op != "call_function" or written(node) or not isinstance(node.meta.get("val"), Tensor):
         return False
     chance = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
     return not chance and all(operand in still for operand in node.all_input_nodes)
@@ -45,10 +46,6 @@ def _is_known(value: Tensor | None) -> bool:
 
 def _is_numbered(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in NUMBERED
-
-
-def _writes(node: fx.Node) -> bool:
-    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and is_in_place(node.target)
 
 
 def _connected(start: list[fx.Node], within: set[fx.Node]) -> set[fx.Node]:

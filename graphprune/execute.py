@@ -101,7 +101,8 @@ def execute_all(
 def _share_weights(node: fx.Node, walks: Sequence[Walk]) -> None:
     """What the first walk reads of the model for a node, the others need not read again."""
     for operand in node.all_input_nodes:
-        if operand.op == "placeholder" and operand.name in walks[0].trace.tensors:
+        trace = walks[0].trace
+        if operand.op == "placeholder" and operand.name in trace.tensors and operand.name not in trace.lent:
             value = walks[0].fetch(operand)
             for walk in walks[1:]:
                 walk.values[operand] = value
@@ -125,7 +126,7 @@ class Walk:
 
     def step(self, node: fx.Node) -> None:
         if node.op == "placeholder" and node.name in self.inputs:
-            self.values[node] = self.cast(self.inputs[node.name])
+            self.values[node] = self.own(node, self.inputs[node.name])
         elif node.op == "call_function" and not is_check(node):
             self.values[node] = self.call(node)
 
@@ -149,8 +150,13 @@ class Walk:
     def fetch(self, node: fx.Node) -> Any:
         """The value of a node; a weight is read the first time anything asks for it."""
         if node not in self.values:
-            self.values[node] = self.cast(whole(self.tensors[self.trace.tensors[node.name].name]))
+            self.values[node] = self.own(node, whole(self.tensors[self.trace.tensors[node.name].name]))
         return self.values[node]
+
+    def own(self, node: fx.Node, value: Any) -> Any:
+        """A tensor of the model or of the caller as the graph gets it: a copy where the graph writes to it."""
+        found = self.cast(value)
+        return value.clone() if found is value and node.name in self.trace.lent and isinstance(value, Tensor) else found
 
     def cast(self, value: Any) -> Any:
         return value.to(_replaced(value.dtype, self.dtype)) if isinstance(value, Tensor) else value

@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 from graphprune.axes import Axis, Factor
 from graphprune.computed import computed
 from graphprune.errors import RuleBug
-from graphprune.rules import Literal, Op, Typed, Use, find_rule, is_in_place
+from graphprune.memory import written
+from graphprune.rules import Literal, Op, Typed, Use, find_rule
 from graphprune.trace import Trace
 from graphprune.unify import Conflict, Expression, Link, Reason, Solver, Variable, resolve
 
@@ -145,7 +146,7 @@ class _Walk:
             return self._part(node)
         shapes = _shapes(node.meta.get("val"))
         rule = find_rule(node.target)
-        if rule is None and shapes is None:
+        if rule is None and shapes is None and not written(node):
             return self._freeze_positions(node, "read as a number")
         if rule is None:
             return self._freeze(node, f"no rule for {node.target}")
@@ -222,9 +223,12 @@ class _Walk:
         return tuple(self._own(part, node) for part in result) if isinstance(result, tuple | list) else result
 
     def _in_place(self, op: Op, result: Any) -> None:
-        writes = is_in_place(op.node.target) and torch.Tag.inplace_view not in op.node.target.tags  # type: ignore[union-attr]
-        if writes and isinstance(op.get("self"), Typed) and isinstance(result, Typed):
-            for axis, other in zip(op["self"].axes, result.axes, strict=False):
+        """What an operation writes to has the axes of what it gives; giving it other dimensions writes nothing."""
+        if torch.Tag.inplace_view in op.node.target.tags:  # type: ignore[union-attr]
+            return
+        targets = (typed for operand in written(op.node) for typed in _each(self.values.get(operand)))
+        for target, typed in zip(targets, _each(result), strict=False):
+            for axis, other in zip(target.axes, typed.axes, strict=False):
                 op.equal(axis, other)
 
     # ── reading the solution ─────────────────────────────────────────────────────────────────────────────────────────

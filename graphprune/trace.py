@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from graphprune.errors import ModelLimit, first_line
 from graphprune.known import Known, agrees, casts_that_do_nothing, without_checks
+from graphprune.memory import lent
 from graphprune.repeat import Repeats, unwritten, write_out
 from graphprune.slices import as_slices
 from graphprune.withheld import Withheld
@@ -43,7 +44,10 @@ class TracedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What torch.export saw: ``graph`` with one placeholder a tensor, and what each placeholder stands for."""
+    """What torch.export saw: ``graph`` with one placeholder a tensor, and what each placeholder stands for.
+
+    ``lent`` are the placeholders that the graph writes to: whoever runs it lends it copies of these.
+    """
 
     name: str
     module: fx.GraphModule
@@ -53,6 +57,7 @@ class Trace:
     constants: Mapping[str, Tensor]
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
+    lent: frozenset[str]
 
     @property
     def graph(self) -> fx.Graph:
@@ -184,7 +189,7 @@ def _as_trace(
     if in_spec is None or out_spec is None:
         raise ModelLimit("torch.export returned a program without call specification")
     example = tuple(pytree.tree_leaves((args, kwargs)))
-    return Trace(type(model).__name__, flat, tensors, tuple(users), example, constants, in_spec, out_spec)
+    return Trace(type(model).__name__, flat, tensors, tuple(users), example, constants, in_spec, out_spec, lent(flat.graph))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from torch import nn
 
 import graphprune
 from graphprune.errors import ModelLimit, UserMistake
@@ -111,6 +112,25 @@ def test_a_plain_module_round_trips(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(x), result.model(x))
     with pytest.raises(UserMistake, match="plain module"):
         graphprune.load(tmp_path / "out")
+
+
+class Versioned(nn.Linear):
+    """A layer that asks which version of itself wrote a state, as torch's own do."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: dict[str, Any], *others: Any) -> None:
+        assert metadata["version"] == 2
+        super()._load_from_state_dict(state, prefix, metadata, *others)
+
+
+def test_a_plain_module_is_told_the_versions_of_its_layers(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(Versioned(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    result = graphprune.compile(build(), torch.randn(2, 6), keep=0.5)
+    graphprune.save(result, tmp_path / "out")
+    assert graphprune.load(tmp_path / "out", build())[0].out_features == 4
 
 
 def test_a_graph_is_saved_as_an_exported_program(tmp_path: Path) -> None:

@@ -392,6 +392,25 @@ class Spectrum(nn.Module):
         return self.out(torch.fft.irfft2(spectrum, s=(8, 8)).to(x.dtype))
 
 
+@family(2, 12, ffn=2)
+class WrittenTo(nn.Module):
+    """Results that go into tensors made before: ``out=``, and an operation on lists that gives nothing, which no rule knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.one, self.two, self.out = (
+            Linear(12, 20), Linear(20, 9), Linear(9, 14), Linear(9, 14), Linear(14, 3)
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, down = x.new_empty(len(x), 20), x.new_empty(len(x), 9)
+        torch.mm(x, self.up.weight.T, out=up)
+        torch.addmm(self.down.bias, up.relu(), self.down.weight.T, out=down)
+        one, two = self.one(down.relu()).relu(), self.two(down.relu()).relu()
+        torch._foreach_add_([one], [two])
+        return self.out(one)
+
+
 # ── tests ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -194,7 +195,9 @@ def _load_plain(path: Path, record: dict[str, Any], model: nn.Module | None) -> 
             f"{path} holds a plain module ({record.get('class')})", fix="pass the unpruned original: graphprune.load(dir, model)"
         )
     reshaped.reshape(model, record)
-    missing, unexpected = model.load_state_dict(load_file(path / WEIGHTS), strict=False)
+    state = OrderedDict(load_file(path / WEIGHTS))
+    state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]  # versions that loading hooks ask for
+    missing, unexpected = model.load_state_dict(state, strict=False)
     tied = set(model.state_dict()) - set(_distinct(model))
     if unexpected or set(missing) - tied:
         raise UserMistake(f"{path} holds another model", why=f"tensors differ: {sorted({*missing, *unexpected} - tied)[:3]}")

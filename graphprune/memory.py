@@ -1,0 +1,62 @@
+"""A graph or a model in, what it writes to out: operands, and the tensors of the model or of the caller whose memory that is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+
+def written(node: fx.Node) -> list[fx.Node]:
+    """The operands an operation writes to, as its schema says: ``self`` of ``add_``, ``out`` of ``mm.out``, whole lists."""
+    return [operand for argument, operand in _operands(node) if argument.is_write]
+
+
+def lent(graph: fx.Graph) -> frozenset[str]:
+    """The names of placeholders that are written to, be it through a view."""
+    behind: dict[fx.Node, frozenset[str]] = {}
+    found: set[str] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            behind[node] = frozenset({node.name})
+        elif node.op == "call_function":
+            found.update(*(behind.get(operand, ()) for operand in written(node)))
+            behind[node] = frozenset().union(*(behind.get(operand, ()) for operand in _shared(node)))
+    return frozenset(found)
+
+
+def _shared(node: fx.Node) -> list[fx.Node]:
+    """The operands whose memory the result may be."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.all_input_nodes
+    return [operand for argument, operand in _operands(node) if argument.alias_info is not None]
+
+
+def _operands(node: fx.Node) -> Iterator[tuple[Any, fx.Node]]:
+    """Each operand with the schema's argument that it is, or is a part of."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        schema = node.target._schema.arguments
+        given = dict(zip((argument.name for argument in schema), node.args, strict=False)) | dict(node.kwargs)
+        for argument in schema:
+            for value in pytree.tree_leaves(given.get(argument.name)):
+                if isinstance(value, fx.Node):
+                    yield argument, value
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Whatever a forward writes into the buffers of ``model`` (averages, counters, caches) is undone."""
+    held = [(module._buffers, dict(module._buffers)) for module in model.modules() if module._buffers]
+    values = [(b, b._version, b.clone()) for _, row in held for b in row.values() if b is not None and not b.is_inference()]
+    try:
+        yield
+    finally:
+        for own, row in held:
+            own.update(row)
+        for buffer, version, value in values:
+            if buffer._version != version:
+                buffer.copy_(value)

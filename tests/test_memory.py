@@ -1,0 +1,60 @@
+"""Models that write: into their buffers, into what they are given. Neither a compile nor a check leaves a trace of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import graphprune
+from graphprune.memory import untouched
+from graphprune.trace import trace
+from tests.models import sharpened
+
+
+class Remembering(nn.Module):
+    """A running mean, a counter, a bank written through a view, and an input that is scaled in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.key, self.down = nn.Linear(6, 16), nn.Linear(16, 10), nn.Linear(16, 3)
+        self.register_buffer("mean", torch.zeros(16))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.register_buffer("bank", torch.ones(4, 10))
+        self.register_buffer("fixed", torch.ones(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x.mul_(2.0)).relu() * self.fixed
+        self.mean.lerp_(hidden.mean(0), 0.1)
+        self.steps += 1
+        keys = self.key(hidden)
+        found = keys @ self.bank.T
+        self.bank[:1].copy_(keys[:1])
+        return self.down(hidden - self.mean) + found.sum(1, keepdim=True)
+
+
+def test_what_is_written_to_is_known() -> None:
+    found = trace(Remembering(), torch.randn(2, 6))
+    names = {found.tensors[name].name if name in found.tensors else name for name in found.lent}
+    assert names == {"mean", "steps", "bank", *found.inputs}
+
+
+def test_a_model_that_writes_is_compiled_and_stays_as_it_was() -> None:
+    model, x = sharpened(Remembering()), torch.randn(2, 6)
+    state, given = {name: value.clone() for name, value in model.state_dict().items()}, x.clone()
+    result = graphprune.compile(model, x, keep=0.5, kinds=["all"])
+    assert result.plan.cost["after"]["parameters"] < result.plan.cost["before"]["parameters"]
+    assert torch.equal(x, given)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    assert int(result.model.steps) == 0
+
+
+def test_what_a_forward_writes_is_undone() -> None:
+    model = Remembering()
+    with untouched(model), torch.no_grad():
+        model(torch.randn(2, 6))
+        assert int(model.steps) == 1
+        model.fixed = torch.zeros(16)
+    assert int(model.steps) == 0
+    assert torch.equal(model.fixed, torch.ones(16))
+    assert torch.equal(model.bank, torch.ones(4, 10))
