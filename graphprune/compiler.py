@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
@@ -28,7 +30,7 @@ from graphprune.plan import Plan
 from graphprune.propagate import Axes, propagate
 from graphprune.rewrite.graph import PrunedGraph, Smaller, smaller
 from graphprune.rewrite.module import copy_cut, emit_module, over
-from graphprune.rewrite.stock import expressible, obviously_expressible, stock_config
+from graphprune.rewrite.stock import each_obviously_expressible, expressible, obviously_expressible, stock_config
 from graphprune.select import Budget, allowed_kinds, for_kind, select
 from graphprune.trace import Inputs, Trace, trace
 from graphprune.verify import Reference, checked, close, computes, decodes, reference
@@ -109,9 +111,24 @@ def compile(  # noqa: A001  the product's own verb
     given[Budget] = budget
     scorer = find_pass(default.method, **seeded(default.method, options or {}, seed))
     stages = whole_pieces(scorer, kinds or ()) if whole else pipeline(scorer)
-    facts = _without_hidden(with_extras(stages, [find_pass(extra) for extra in (*default.passes, *passes)]), given, progress)
+    stages = with_extras(stages, [find_pass(extra) for extra in (*default.passes, *passes)])
+    with _settled():
+        facts = _without_hidden(stages, given, progress)
     pruned: Pruned = facts[Pruned]
     return Result(pruned.model, facts[Plan], facts[Groups], pruned, tuple(notes), facts)
+
+
+@contextmanager
+def _settled() -> Iterator[None]:
+    """What was there before is not searched for garbage: the many objects of a graph call for that, and none of it is theirs."""
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _without_hidden(stages: Sequence[Pass], given: Facts, progress: Progress | None) -> Facts:
@@ -204,14 +221,20 @@ def stock_steps(model: nn.Module, groups: Groups, budget: Budget, emission: Emis
     if not isinstance(model, PreTrainedModel) or emission.emit != "module" or not budget.alike:
         return budget
     steps = {}
-    for kind in groups.kinds:
-        asked = for_kind(budget.round_to, kind)
-        tried = _steps(groups, kind, asked)
-        clear = (step for step in tried if obviously_expressible(model, groups.axes, _one_less(groups, kind, step, budget)))
-        step = next(clear, 0) or next((step for step in tried if not _refused(model, groups, kind, step, budget)), asked)
+    tried = {kind: _steps(groups, kind, for_kind(budget.round_to, kind)) for kind in groups.kinds}
+    first = [_one_less(groups, kind, sizes[0], budget) for kind, sizes in tried.items()]
+    every = each_obviously_expressible(model, groups.axes, [keep for keep in first if keep])
+    for kind, sizes in tried.items():
+        step = sizes[0] if every else _step(model, groups, kind, sizes, budget)
         if step > 1 or isinstance(budget.round_to, int):
             steps[kind] = step
     return replace(budget, round_to=steps)
+
+
+def _step(model: PreTrainedModel, groups: Groups, kind: str, tried: Sequence[int], budget: Budget) -> int:
+    """The first multiple that the config accepts, what was asked for where it accepts none."""
+    clear = (step for step in tried if obviously_expressible(model, groups.axes, _one_less(groups, kind, step, budget)))
+    return next(clear, 0) or next((step for step in tried if not _refused(model, groups, kind, step, budget)), tried[0])
 
 
 def _steps(groups: Groups, kind: str, asked: int) -> list[int]:

@@ -122,6 +122,14 @@ def test_bert_heads_are_left_alone_with_a_note_and_pruned_when_asked_for() -> No
     assert asked.model.bert.encoder.layer[0].attention.self.query.out_features == 36  # type: ignore[union-attr, index]
 
 
+def test_what_no_config_describes_can_be_compiled_again() -> None:
+    once = graphprune.compile(bert(), {"input_ids": tokens()}, keep=0.8, kinds=["head"])
+    assert once.pruned.config is None
+    again = graphprune.compile(once.model, {"input_ids": tokens()}, keep=0.8)
+    assert again.plan.cuts
+    assert "does not describe" in str(again.pruned.obstacle)
+
+
 def test_gpt2_heads_find_their_hidden_attributes() -> None:
     result = graphprune.compile(gpt2(), {"input_ids": tokens()}, keep=0.8, kinds=["head"])
     attention: Any = result.model.transformer.h[0].attn  # type: ignore[union-attr, index]

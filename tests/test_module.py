@@ -382,3 +382,17 @@ def test_rounding_is_measured_on_the_model(rounding: float, gap: float, same: bo
     """Ten times what single precision loses on the model itself may pass, and what any order of operations loses."""
     wanted = Reference(lambda: [torch.ones(3)], lambda: [torch.full((3,), 1 + rounding, dtype=torch.float64)])
     assert wanted.agrees([torch.full((3,), 1 + gap)]) is same
+
+
+@pytest.mark.parametrize(("gap", "asked", "same"), [(1e-6, False, True), (1e-5, True, True), (1e-3, True, False)])
+def test_a_known_exact_result_does_where_it_is_met(gap: float, asked: bool, same: bool) -> None:
+    """The reference's own outputs are computed only where the exact ones, which were at hand, leave a doubt."""
+    runs = []
+
+    def own() -> list[torch.Tensor]:
+        runs.append(1)
+        return [torch.full((3,), 1 + 1e-5)]
+
+    wanted = Reference(own, lambda: [torch.ones(3, dtype=torch.float64)], known=True)
+    assert wanted.agrees([torch.full((3,), 1 + gap)]) is same
+    assert bool(runs) is asked

@@ -35,7 +35,7 @@ def build_meta(cls: type[Model], config: PreTrainedConfig) -> Model:
 
 def _built(cls: type[Model], config: PreTrainedConfig) -> Model:
     """The same from the config itself, which the model may change."""
-    with _quiet(), torch.device("meta"), no_init_weights():
+    with quiet(), torch.device("meta"), no_init_weights():
         model: Model = cls._from_config(config)  # type: ignore[no-untyped-call]
         model.tie_weights()
     return model
@@ -68,11 +68,13 @@ class Blueprint:
         settings = self.settings()
         for path, value in changes.items():
             lookup(settings, path[:-1])[path[-1]] = value
-        with _quiet():
+        with quiet():
             return self.config_cls.from_dict(settings, **({} if like is None else _kernels(like)))
 
     def response(self, changes: Changes, *, through_file: bool = False) -> Sizes | None:
         """The dimensions that get another size, with that size; None when the config or the model refuses."""
+        if not changes and not through_file:
+            return {}
         key = _key(changes) + (" through a file" if through_file else "")
         if key not in self._memo:
             try:
@@ -87,7 +89,7 @@ class Blueprint:
         return self.refusals.get(_key(changes))
 
     def _reload(self, changes: Changes) -> PreTrainedConfig:
-        with _quiet(), TemporaryDirectory() as folder:
+        with quiet(), TemporaryDirectory() as folder:
             self.config(changes).save_pretrained(folder)
             return self.config_cls.from_pretrained(folder)
 
@@ -175,7 +177,7 @@ def _listening(config: PreTrainedConfig) -> Iterator[list[Path]]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Trial builds say nothing."""
     level = logging.get_verbosity()
     if level == CRITICAL:

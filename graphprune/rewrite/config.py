@@ -16,8 +16,8 @@ import networkx as nx
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from graphprune.errors import ModelLimit, UserMistake, nearest
-from graphprune.rewrite.blueprint import Blueprint, Changes, Dim, Path, Sizes, dims, is_number, leaves
-from graphprune.rewrite.probe import Field, Probe, described, probe
+from graphprune.rewrite.blueprint import Blueprint, Changes, Dim, Path, Sizes, dims, is_number, leaves, quiet
+from graphprune.rewrite.probe import Few, Field, Probe, described, probe
 
 Choice = tuple[int, Changes]  # new values, and how many fields that changes (one that no hint names counts thrice)
 
@@ -38,12 +38,11 @@ def candidates(
     Raises ModelLimit, with the dimension in the way, when there is no such config.
     """
     tried: list[Changes] = []
-    whole = described(model)[0]
-    for changes in islice(obvious(model, shapes, numbers), OBVIOUS):
+    whole, few = described(model)
+    for changes in islice(obvious(whole, few, shapes, numbers), OBVIOUS):
         tried.append(changes)
         yield whole.config(changes, like=model.config)
-    goal = _goal(whole.sizes, shapes)
-    search = Search(probe(model), goal, numbers)
+    search = Search(probe(model), _goal(whole.sizes, shapes), numbers)
     if not tried and (obstacle := search.obstacle(certain=True)):
         raise obstacle
     for changes in search.reached():
@@ -55,18 +54,29 @@ def candidates(
 
 
 def obvious(
-    model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], numbers: Mapping[int, Sequence[int]]
+    whole: Blueprint, few: Few | None, shapes: Mapping[str, tuple[int, ...]], numbers: Mapping[int, Sequence[int]]
 ) -> Iterator[Changes]:
     """Changes that reach ``shapes`` by giving fields which hold a changed size what that becomes, fewest first.
 
     They are looked for on two layers where those stand for all, and then tried on all of them.
     """
-    whole, few = described(model)
+    return (changes for changes in sketched(whole, few, shapes, numbers) if proven(whole, shapes, changes))
+
+
+def proven(whole: Blueprint, shapes: Mapping[str, tuple[int, ...]], changes: Changes) -> bool:
+    """Whether changes reach ``shapes``, and survive a file."""
+    return Search(Probe(whole, ()), _goal(whole.sizes, shapes), {}).missed(changes, through_file=True) == set()
+
+
+def sketched(
+    whole: Blueprint, few: Few | None, shapes: Mapping[str, tuple[int, ...]], numbers: Mapping[int, Sequence[int]]
+) -> Iterator[Changes]:
+    """The same as far as two layers tell, where those stand for all."""
     goal = _goal(whole.sizes, shapes)
     near = goal if few is None else few.goal(goal)
     if near is None:
         return
-    search, proof = Search(Probe(few.blueprint if few else whole, ()), near, numbers), Search(Probe(whole, ()), goal, numbers)
+    search = Search(Probe(few.blueprint if few else whole, ()), near, numbers)
     held = [(path, value) for path, value in leaves(search.blueprint.settings()) if isinstance(value, int) and is_number(value)]
     steps = [(path, new) for old in numbers for path, value in held if value == old for new in numbers[old]]
     wrong = search.missed({}) or set()
@@ -75,7 +85,7 @@ def obvious(
     for chosen in chain.from_iterable(combinations(useful, count) for count in range(1, len(useful) + 1)):
         changes: Changes = dict(chosen)
         once = len(changes) == len(chosen) and not set.intersection(*(useful[step] for step in chosen))
-        if once and search.reaches(changes) and proof.missed(changes, through_file=True) == set():
+        if once and search.missed(changes) == set():
             yield changes
 
 
@@ -87,10 +97,11 @@ def fit(
 ) -> PreTrainedConfig:
     """The first of ``candidates`` that ``accept`` takes; without it, the first."""
     refused = 0
-    for config in candidates(model, shapes, numbers):
-        if accept is None or accept(config):
-            return config
-        refused += 1
+    with quiet():
+        for config in candidates(model, shapes, numbers):
+            if accept is None or accept(config):
+                return config
+            refused += 1
     raise ModelLimit(f"{refused} stock configs have these sizes, but none computes the same as the pruned model")
 
 

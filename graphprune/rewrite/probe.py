@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -46,21 +46,16 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Few:
-    """The first two layers of a stack, ``changes`` of the config away from all: ``twins`` says which of them each layer is like."""
+    """The first two layers of a stack, ``changes`` of the config away from all; ``twins`` says for each dimension of all layers
+    which dimension of these two stands for it."""
 
     blueprint: Blueprint
     changes: Changes
-    stack: str
-    twins: Sequence[int]
-
-    def seen(self, dim: Dim) -> Dim:
-        """The dimension of one of the first two layers that stands for this one."""
-        layer = _layer(dim, self.stack)
-        return dim if layer is None else (f"{self.stack}.{self.twins[layer]}{dim[0][len(f'{self.stack}.{layer}') :]}", dim[1])
+    twins: Mapping[Dim, Dim]
 
     def goal(self, whole: Sizes) -> Sizes | None:
         """The part of a goal that two layers have; None where other layers want something else."""
-        alike = all(whole.get(self.seen(dim)) == size for dim, size in whole.items())
+        alike = all(whole.get(self.twins[dim]) == size for dim, size in whole.items())
         return {dim: size for dim, size in whole.items() if dim in self.blueprint.sizes} if alike else None
 
 
@@ -99,8 +94,9 @@ def _few(cls: Any, config_cls: Any, text: str) -> Few | None:
     if len(stacks) != 1:
         return None
     ((stack, depth),) = stacks.items()
-    twins = _twins(blueprint.sizes, stack, depth)
-    wanted = {dim: size for dim, size in blueprint.sizes.items() if _layer(dim, stack) in (None, 0, 1)}
+    layers = {dim: _layer(dim, stack) for dim in blueprint.sizes}
+    twins = _twins(blueprint.sizes, stack, layers)
+    wanted = {dim: size for dim, size in blueprint.sizes.items() if layers[dim] in (None, 0, 1)}
     for changes in shallower(blueprint.settings(), depth, [0, 1]) if twins else ():
         settings = blueprint.settings()
         for path, value in changes.items():
@@ -110,7 +106,7 @@ def _few(cls: Any, config_cls: Any, text: str) -> Few | None:
         except Exception:  # noqa: BLE001  a constructor may raise anything; this depth is not to be had so
             continue
         if small.sizes == wanted and _numbered(small) == _numbered(blueprint):
-            return Few(small, changes, stack, twins)
+            return Few(small, changes, twins)
     return None
 
 
@@ -126,13 +122,13 @@ def _guess(cls: Any, config_cls: Any, text: str) -> Probe | None:
     survey = _survey(cls, config_cls, few.blueprint.text)
     moving = {found.path: 2 * found.value for found in survey.fields if found.moves and found.path not in few.changes}
     all_of_them, two = whole.response(moving), few.blueprint.response(moving)
-    same = all_of_them is not None and two is not None and all_of_them == _everywhere(whole, two, few)
+    same = all_of_them is not None and two is not None and all_of_them == _everywhere(two, few)
     return _said_of_all(whole, survey, few) if same else None
 
 
-def _everywhere(whole: Blueprint, two: Sizes, few: Few) -> Sizes:
+def _everywhere(two: Sizes, few: Few) -> Sizes:
     """Sizes of two layers as those of all of them."""
-    return {dim: two[seen] for dim in whole.sizes if (seen := few.seen(dim)) in two}
+    return {dim: two[twin] for dim, twin in few.twins.items() if twin in two}
 
 
 def _numbered(blueprint: Blueprint) -> list[Path]:
@@ -148,25 +144,30 @@ def _said_of_all(whole: Blueprint, survey: Probe, few: Few) -> Probe:
             value = lookup(settings, found.path)
             fields.append(Field(found.path, value, found.unset, _slopes(whole, found.path, value, [{}])))
             continue
-        moves = {dim: found.moves[seen] for dim in whole.sizes if (seen := few.seen(dim)) in found.moves}
+        moves = {dim: found.moves[twin] for dim, twin in few.twins.items() if twin in found.moves}
         new = {dim: slope for dim, slope in found.moves.items() if dim not in few.blueprint.sizes}
         fields.append(replace(found, moves=moves | new))
     return Probe(whole, tuple(fields))
 
 
 def _layer(dim: Dim, stack: str) -> int | None:
-    match = re.match(rf"{re.escape(stack)}\.(\d+)\.", dim[0])
-    return int(match[1]) if match else None
+    number, dot, _ = dim[0][len(stack) + 1 :].partition(".") if dim[0].startswith(f"{stack}.") else ("", "", "")
+    return int(number) if dot and number.isdecimal() else None
 
 
-def _twins(sizes: Sizes, stack: str, depth: int) -> list[int]:
-    """For each layer, which of the first two has the same sizes; nothing where one has not."""
-    looks: list[Sizes] = [{} for _ in range(depth)]
-    for dim, size in sizes.items():
-        if (layer := _layer(dim, stack)) is not None:
-            looks[layer][dim[0][len(f"{stack}.{layer}") :], dim[1]] = size
-    twins = [next((first for first in (0, 1) if looks[first] == look), -1) for look in looks]
-    return [] if -1 in twins else twins
+def _twins(sizes: Sizes, stack: str, layers: Mapping[Dim, int | None]) -> dict[Dim, Dim]:
+    """For each dimension the one of the first two layers that stands for it; nothing where a layer has the sizes of neither."""
+    looks: dict[int, Sizes] = defaultdict(dict)
+    for dim, layer in layers.items():
+        if layer is not None:
+            looks[layer][dim[0][len(f"{stack}.{layer}") :], dim[1]] = sizes[dim]
+    likes = {layer: next((first for first in (0, 1) if looks[first] == look), None) for layer, look in looks.items()}
+    if None in likes.values():
+        return {}
+    return {
+        dim: dim if layer is None else (f"{stack}.{likes[layer]}{dim[0][len(f'{stack}.{layer}') :]}", dim[1])
+        for dim, layer in layers.items()
+    }
 
 
 @lru_cache(maxsize=16)

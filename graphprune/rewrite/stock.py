@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from graphprune.axes import Axis, Keep
+from graphprune.axes import Axis, Factor, Keep
+from graphprune.errors import ModelLimit
 from graphprune.propagate import Axes
-from graphprune.rewrite.blueprint import build_meta
-from graphprune.rewrite.config import candidates, fit, obvious
+from graphprune.rewrite.blueprint import Changes, build_meta, quiet
+from graphprune.rewrite.config import candidates, fit, obvious, proven, sketched
 from graphprune.rewrite.module import adopt
+from graphprune.rewrite.probe import described
 
 
 def shapes_after(axes: Axes, keep: Keep) -> dict[str, tuple[int, ...]]:
@@ -58,12 +61,31 @@ def stock_config(
 
 def expressible(model: PreTrainedModel, axes: Axes, keep: Keep) -> None:
     """Raise ModelLimit, with the reason, when no config field can express these sizes. Runs nothing, needs no weights."""
-    next(candidates(model, shapes_after(axes, keep), numbers(axes, keep)))
+    with quiet():
+        next(candidates(model, shapes_after(axes, keep), numbers(axes, keep)))
 
 
 def obviously_expressible(model: PreTrainedModel, axes: Axes, keep: Keep) -> bool:
     """Whether fields that hold the sizes which change express the new ones: a quick yes, or an answer yet to be found."""
-    return next(obvious(model, shapes_after(axes, keep), numbers(axes, keep)), None) is not None
+    with quiet(), suppress(ModelLimit):
+        return next(obvious(*described(model), shapes_after(axes, keep), numbers(axes, keep)), None) is not None
+    return False
+
+
+def each_obviously_expressible(model: PreTrainedModel, axes: Axes, keeps: Sequence[Keep]) -> bool:
+    """The same of several cuts: each is looked for on two layers, where those stand for all, then all are tried on the whole."""
+    together: dict[Factor, Sequence[int]] = {}
+    changes: Changes = {}
+    with quiet(), suppress(ModelLimit):
+        whole, few = described(model)
+        for keep in keeps:
+            found = next(sketched(whole, few, shapes_after(axes, keep), numbers(axes, keep)), None)
+            if found is None or found.keys() & changes.keys():
+                return False
+            changes |= found
+            together |= keep
+        return proven(whole, shapes_after(axes, together), changes)
+    return False
 
 
 def saved_shapes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
