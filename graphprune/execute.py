@@ -34,6 +34,9 @@ STRETCH = 64 << 20
 
 CPU = torch.device("cpu")
 
+TYPELESS = frozenset({fx.Node, int, float, bool, str, type(None)})
+"""Arguments that say nothing of a dtype or a device; by far the most do."""
+
 RANDOM = tuple(
     f"aten::{name}" for name in ("rand", "randn", "rand_like", "randn_like", "normal", "uniform", "bernoulli", "exponential")
 )
@@ -178,12 +181,14 @@ def is_drawn(node: fx.Node) -> bool:
 
 def _retyped(value: Any, dtype: torch.dtype | None) -> Any:
     """Literal real and complex dtypes replaced where one is given; what was traced without a device computes on the CPU."""
+    if type(value) in TYPELESS:
+        return value
     if isinstance(value, torch.dtype):
         return _replaced(value, dtype)
     if isinstance(value, torch.device):
         return CPU if value.type == "meta" else value
     if isinstance(value, tuple | list):
-        return type(value)(_retyped(part, dtype) for part in value)
+        return type(value)([_retyped(part, dtype) for part in value])
     if isinstance(value, dict):
         return {key: _retyped(part, dtype) for key, part in value.items()}
     return value

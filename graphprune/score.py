@@ -146,19 +146,20 @@ def score(
     alone needs no second tensor of its size. ``after`` is applied to each member's unit sums before they are aggregated:
     ``torch.abs`` there makes a criterion vector-wise. Members without saliency (buffers) do not count.
     """
-    rows: dict[str, list[Tensor]] = {group.name: [] for group in groups}
     wanted: dict[str, dict[int, None]] = defaultdict(dict)
     for group in groups:
         for member in group.members:
             wanted[member.name][member.dim] = None
     sums: dict[str, dict[int, Tensor]] = {}
+    found: dict[str, Tensor] = {}
     for group in groups:
+        rows = []
         for member in group.members:
             if member.name not in sums:
                 saliency = criterion(member.name)
                 sums[member.name] = {} if saliency is None else profiles(saliency, wanted[member.name], each)
             if sums[member.name]:
                 units = gather_units(sums[member.name][member.dim], axes[member.name][member.dim], group.factor)
-                rows[group.name].append(units if after is None else after(units))
-    found = {g.name: combine(rows[g.name], how) if rows[g.name] else torch.zeros(g.size, dtype=torch.float64) for g in groups}
+                rows.append(units if after is None else after(units))
+        found[group.name] = combine(rows, how) if rows else torch.zeros(group.size, dtype=torch.float64)
     return Scores(found, method)
