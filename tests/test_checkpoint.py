@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 import graphprune
 from graphprune.errors import ModelLimit, UserMistake
@@ -131,6 +131,37 @@ def test_a_plain_module_is_told_the_versions_of_its_layers(tmp_path: Path) -> No
     result = graphprune.compile(build(), torch.randn(2, 6), keep=0.5)
     graphprune.save(result, tmp_path / "out")
     assert graphprune.load(tmp_path / "out", build())[0].out_features == 4
+
+
+class Unusual(nn.Module):
+    """A state that is not all tensors, a buffer inside another, and complex angles that no checkpoint holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.register_buffer("scale", torch.arange(1.0, 4.0))
+        self.register_buffer("part", self.scale[:2])
+        self.register_buffer("turn", torch.polar(torch.ones(8), torch.arange(8.0)), persistent=False)
+
+    def get_extra_state(self) -> str:
+        return "a word"
+
+    def set_extra_state(self, state: str) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down((self.up(x) * self.turn).real) * self.scale + self.part.sum()
+
+
+def test_a_plain_module_may_keep_what_no_file_of_tensors_holds(tmp_path: Path) -> None:
+    x, like = torch.randn(2, 6), Unusual()
+    like.scale[0] = 9.0
+    result = graphprune.compile(sharpened(Unusual()), x, keep=0.5)
+    graphprune.save(result, tmp_path / "out")
+    loaded = graphprune.load(tmp_path / "out", like)
+    assert loaded.turn.shape == (4,)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), result.model(x))
 
 
 def test_a_graph_is_saved_as_an_exported_program(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from uuid import uuid4
 
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, contiguous_format, nn, view_as_real
 from transformers import AutoConfig, PreTrainedModel
 
 from graphprune.errors import ModelLimit, UserMistake, first_line
@@ -83,8 +83,7 @@ def save_differing(model: PreTrainedModel, stock: nn.Module, pruned: Pruned, fol
 
 def save_plain(model: nn.Module, stock: nn.Module, pruned: Pruned, folder: Path, factory: str | None = None) -> None:
     """A plain module: its state and the record. ``factory`` says how to build the original."""
-    state = {name: tensor.contiguous() for name, tensor in _distinct(model).items()}
-    save_file(state, folder / WEIGHTS)
+    save_file(_apart(_distinct(model)), folder / WEIGHTS)
     record = make_record(model, stock, pruned)
     (folder / RECORD).write_text(json.dumps({"class": _path(type(model)), "factory": factory} | record))
 
@@ -106,15 +105,26 @@ def make_record(model: nn.Module, stock: nn.Module, pruned: Pruned) -> dict[str,
         "elements": pruned.elements or {},
         "attributes": pruned.attributes or {},
         "shapes": {name: list(tensor.shape) for name, tensor in changed.items() if name in saved},
-        "buffers": {name: tensor.tolist() for name, tensor in unsaved.items()},
+        "buffers": {name: (view_as_real(t) if t.is_complex() else t).tolist() for name, t in unsaved.items()},
     }
 
 
 def _distinct(model: nn.Module) -> dict[str, Tensor]:
-    """The state with each tied tensor once."""
+    """The tensors of the state, each tied one once; what else a module keeps there holds no sizes."""
+    named = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
+    first = {id(tensor): name for name, tensor in reversed(named.items())}
+    return {name: tensor.detach() for name, tensor in named.items() if first[id(tensor)] == name}
+
+
+def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors, none of which lies in another's memory."""
     seen: set[int] = set()
-    state = model.state_dict(keep_vars=True)
-    return {n: t.detach() for n, t in state.items() if id(t) not in seen and not seen.add(id(t))}  # type: ignore[func-returns-value]
+    found = {}
+    for name, tensor in state.items():
+        memory = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone(memory_format=contiguous_format) if memory in seen else tensor.contiguous()
+        seen.add(memory)
+    return found
 
 
 def _auto_map(cls: type) -> dict[str, str]:

@@ -27,7 +27,14 @@ def reshape(model: nn.Module, record: dict[str, Any]) -> None:
     for name, shape in record["shapes"].items():
         _exchange(model, name, lambda old, shape=shape: torch.empty(shape, dtype=old.dtype, device=old.device))
     for name, values in record["buffers"].items():
-        _exchange(model, name, lambda old, values=values: torch.tensor(values, dtype=old.dtype))
+        _exchange(model, name, lambda old, values=values: _filled(old, values))
+
+
+def _filled(old: torch.Tensor, values: Any) -> torch.Tensor:
+    """A tensor of the type of ``old``; complex numbers are listed as pairs."""
+    if old.is_complex():
+        return torch.view_as_complex(torch.tensor(values, dtype=old.dtype.to_real()))
+    return torch.tensor(values, dtype=old.dtype)
 
 
 def _set(owner: Any, path: list[str], value: Any) -> None:

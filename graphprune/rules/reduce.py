@@ -44,6 +44,8 @@ def statistic(op: Op) -> Typed | tuple[Typed, ...]:
         op.use(source, dim, "contracted")
         op.renormalise(source.axes[dim], f"{op.name} over it")
     out = Typed(_reduced(op, source, dims))
+    if op.name == "median" and len(op.shapes) == 2 and not isinstance(op.shapes[0], int):
+        return out, Typed(out.axes, source.axes[dims[0]] if source.axes else None)
     return out if not op.shapes or isinstance(op.shapes[0], int) else tuple(out for _ in op.shapes)
 
 
@@ -56,7 +58,10 @@ def extreme(op: Op) -> Typed | tuple[Typed, ...]:
     dims = op.dims("dim", len(source.axes))
     for dim in dims:
         op.renormalise(source.axes[dim], f"{op.name} over it")
-    where = source.axes[dims[0]] if len(dims) == 1 else None
+    counted = [source.axes[dim] for dim in dims if op.length(source.axes[dim]) > 1]
+    where = counted[0] if len(counted) == 1 else None
+    for axis in counted if where is None and "arg" in op.name else ():
+        op.pin(axis, "its places are counted across dimensions")
     axes = _reduced(op, source, dims)
     if op.shapes and not isinstance(op.shapes[0], int):
         return Typed(axes), Typed(axes, where)
