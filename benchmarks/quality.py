@@ -75,8 +75,8 @@ METHODS = (
     Row("first-order Taylor, all layers", "taylor"),
     Row("first-order Taylor, heads too", "taylor", kinds=("head", "ffn"), before=ENDS),
 )
-THEN = "least_squares:given=then:aim=outputs:where=readers:even=false:damping=0.01"
-NOW = "least_squares:given=now:aim=outputs:where=readers:even=false:damping=0.01"
+THEN = "least_squares:given=then:drift=0:where=readers:even=false:damping=0.01"
+NOW = "least_squares:given=now:drift=0:where=readers:even=false:damping=0.01"
 ALL = "least_squares:where=all"
 MEASURED = ("sensitivity",)
 STEPS = (
@@ -103,7 +103,7 @@ SEARCH = (
       for name, how in (("all", ALL), ("now", NOW.removesuffix(":damping=0.01"))) for d in (0.01, 0.1, 1)),
     Row("writers", "obs", ("least_squares",), before=ENDS, mix="both"),
     Row("all, uneven", "obs", (f"{ALL}:even=false",), before=ENDS, mix="both"),
-    Row("all, outputs only", "obs", (f"{ALL}:aim=outputs",), before=ENDS, mix="both"),
+    Row("all, outputs only", "obs", (f"{ALL}:drift=0",), before=ENDS, mix="both"),
     Row("all, measured widths", "obs", (ALL,), before=MEASURED, scope="global", mix="both"),
     Row("all, measured, heads", "obs", (ALL,), before=MEASURED, scope="global", kinds=("head", "ffn"), mix="both"),
     Row("all, heads and queries", "obs", (ALL,), scope="global", kinds=("head", "query", "ffn"), mix="both"),

@@ -27,7 +27,7 @@ class Default:
 
 
 PLAIN = Default("magnitude")
-READERS = "least_squares:given=then:aim=outputs:where=readers:even=false:damping=1"
+READERS = "least_squares:given=then:drift=0:where=readers:even=false:damping=1"
 CALIBRATED = Default("obs", "global", ("self_written", "sensitivity", READERS), samples=32, length=512)
 INFLUENCE = Default("short_gpt")
 

@@ -12,12 +12,12 @@ odd) leaves the least error on the other, and no change where none leaves less t
 alternate, that is what carries over from each kind to the other. Three choices:
 
 ``given``  inputs ``now``, as the layers already pruned and repaired send them (sequential), or ``then``, the original's
-``aim``    ``outputs``: the original's outputs; ``sums``: the original's stream after it, so that a weight also makes up for
-           what the stream it adds to has lost before
+``drift``  the share that a weight also makes up for of what the stream it adds to has lost before: 0 aims at the original's
+           outputs, 1 at the original's stream
 ``where``  ``readers`` of pruned groups; also ``writers``, whatever adds to a stream that drifted; or ``all`` that read
            something changed
 
-With ``aim="outputs", given="now"`` this is the asymmetric calibration of GPTAQ (arXiv 2504.02692) without quantisation; with
+With ``drift=0, given="now"`` this is the asymmetric calibration of GPTAQ (arXiv 2504.02692) without quantisation; with
 ``given="then"`` the reconstruction of Kwon et al. (arXiv 2204.09656). ``even`` weighs each position by 1 / the size of its stream,
 as the norm that reads the stream does; else a few huge positions are all that counts. Cost: one forward of both models.
 ``graphprune.compile(model, method="obs", calibration=c, passes=["least_squares"])``
@@ -46,7 +46,7 @@ FEW = 0.01
 
 DAMPINGS = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
-CHOICES = {"given": ("now", "then"), "aim": ("sums", "outputs"), "where": ("readers", "writers", "all")}
+CHOICES = {"given": ("now", "then"), "where": ("readers", "writers", "all")}
 
 
 def least_squares(
@@ -57,29 +57,31 @@ def least_squares(
     pruned: Pruned,
     *,
     given: str = "now",
-    aim: str = "sums",
+    drift: float = 1.0,
     where: str = "writers",
     even: bool = True,
     damping: float | None = None,
 ) -> Pruned:
     """The pruned model with repaired weights; shapes, config and the original stay as they are."""
-    for option, value in (("given", given), ("aim", aim), ("where", where)):
+    for option, value in (("given", given), ("where", where)):
         if value not in CHOICES[option]:
             raise UserMistake(f"{option} cannot be {value!r}", fix=nearest(value, CHOICES[option]))
+    if not 0 <= drift <= 1:
+        raise UserMistake(f"drift cannot be {drift}", fix="give a share between 0 and 1")
     axes, keep = groups.axes, plan.keep(groups)
     smaller = Emitted(pruned.model, axes, keep)
     batches = dealt(fitted(axes.trace, calibration.inputs))
     for site, readings in side_by_side(axes, keep, tensors_of(model, axes.trace), smaller, batches):
-        if _is_due(site, where, aim, given):
-            _repair(site, readings, smaller, given=given, aim=aim, even=even, damping=damping)
+        if _is_due(site, where, drift, given):
+            _repair(site, readings, smaller, given=given, drift=drift, even=even, damping=damping)
     return pruned
 
 
-def _is_due(site: Site, where: str, aim: str, given: str) -> bool:
+def _is_due(site: Site, where: str, drift: float, given: str) -> bool:
     """Whether a product is to be fitted: it lost inputs, or reads or adds to something that changed."""
     if site.shrunk or given == "then":
         return site.shrunk
-    return (where == "all" and site.differs) or (where != "readers" and aim == "sums" and site.drifts)
+    return (where == "all" and site.differs) or (where != "readers" and drift > 0 and site.drifts)
 
 
 def _repair(
@@ -88,7 +90,7 @@ def _repair(
     smaller: MutableMapping[str, Tensor],
     *,
     given: str,
-    aim: str,
+    drift: float,
     even: bool,
     damping: float | None,
 ) -> None:
@@ -99,8 +101,8 @@ def _repair(
     for place, reading in numbered(readings):
         x = reading.now if given == "now" else reading.then[:, site.kept]
         missing = reading.wanted - x @ matrix.T
-        if aim == "sums" and reading.drift is not None:
-            missing = missing + reading.drift
+        if drift and reading.drift is not None:
+            missing = missing + drift * reading.drift
         x, missing = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (x, missing))
         if site.bias is not None:
             x = torch.cat([x, x.new_ones(len(x), 1)], 1)

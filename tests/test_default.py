@@ -105,7 +105,7 @@ def test_a_product_with_a_turned_weight_is_a_product() -> None:
     """Least squares at λ → 0 finds the closed form, W·C[:,S]·C[S,S]⁻¹, for ``x @ weight.T`` as for a linear layer."""
     torch.manual_seed(0)
     model, x = Turned().double(), torch.randn(64, 8).double()
-    repair = "least_squares:given=then:aim=outputs:where=readers:even=false:damping=1e-12"
+    repair = "least_squares:given=then:drift=0:where=readers:even=false:damping=1e-12"
     result = graphprune.compile(model, calibration=[{"x": x}], keep=0.5, method="wanda_sp", passes=[repair])
     (cut,) = result.plan.cuts
     inner = (x @ model.up.T).relu().detach()

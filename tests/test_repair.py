@@ -92,7 +92,7 @@ def same(found: Tensor, expected: Tensor) -> None:
 
 
 def test_least_squares_on_the_originals_inputs(llama: Any, calibration: Calibration) -> None:
-    result = pruned(llama, calibration, f"least_squares:given=then:aim=outputs:even=false:damping={DAMPING}")
+    result = pruned(llama, calibration, f"least_squares:given=then:drift=0:even=false:damping={DAMPING}")
     for layer in range(LAYERS):
         (x,), stay = seen(llama, calibration, down(layer)), kept(result, down(layer))
         whole = llama.get_submodule(down(layer)).weight.detach()
@@ -100,10 +100,10 @@ def test_least_squares_on_the_originals_inputs(llama: Any, calibration: Calibrat
         same(result.model.get_submodule(down(layer)).weight, expected)
 
 
-@pytest.mark.parametrize("even", [False, True])
-def test_least_squares_makes_up_for_the_stream(llama: Any, calibration: Calibration, even: bool) -> None:
+@pytest.mark.parametrize(("even", "share"), [(False, 1.0), (True, 1.0), (True, 0.5)])
+def test_least_squares_makes_up_for_the_stream(llama: Any, calibration: Calibration, even: bool, share: float) -> None:
     """Sequential, towards the original's stream: every writer in turn, each fitted to what the repaired model sends by then."""
-    result = pruned(llama, calibration, f"least_squares:even={even}:damping={DAMPING}")
+    result = pruned(llama, calibration, f"least_squares:drift={share}:even={even}:damping={DAMPING}")
     plain = pruned(llama, calibration).model
     for layer in range(LAYERS):
         block = f"model.layers.{layer}"
@@ -113,7 +113,7 @@ def test_least_squares_makes_up_for_the_stream(llama: Any, calibration: Calibrat
             then, stream_then = seen(llama, calibration, writer, stream)
             now, stream_now = seen(plain, calibration, writer, stream)
             weight, whole = plain.get_submodule(writer).weight.detach(), llama.get_submodule(writer).weight.detach()
-            missing = then @ whole.T + stream_then - stream_now - now @ weight.T
+            missing = then @ whole.T - now @ weight.T + share * (stream_then - stream_now)
             size = stream_then.square().mean(1, keepdim=True).sqrt() if even else torch.ones(len(now), 1)
             plain.get_submodule(writer).weight.data = weight + fitted(now / size, missing / size)
     for (name, found), expected in zip(result.model.named_parameters(), plain.parameters(), strict=True):
@@ -126,7 +126,7 @@ def test_more_of_it_brings_the_model_nearer(llama: Any, calibration: Calibration
         with torch.no_grad():
             return sum(float((result.model(**i)[0] - llama(**i)[0]).square().mean()) for i in calibration.inputs)
 
-    errors = [error(), error("least_squares:given=then:aim=outputs"), error("least_squares"), error("least_squares:where=all")]
+    errors = [error(), error("least_squares:given=then:drift=0"), error("least_squares"), error("least_squares:where=all")]
     assert errors == sorted(errors, reverse=True)
 
 
@@ -143,7 +143,7 @@ def test_the_original_and_the_stock_config_stay(llama: Any, calibration: Calibra
 
 def test_least_squares_fits_biases_along(bert: Any, calibration: Calibration) -> None:
     name = "bert.encoder.layer.0.output.dense"
-    result = pruned(bert, calibration, f"least_squares:given=then:aim=outputs:even=false:damping={DAMPING}")
+    result = pruned(bert, calibration, f"least_squares:given=then:drift=0:even=false:damping={DAMPING}")
     (x,), stay, layer = seen(bert, calibration, name), kept(result, name), bert.get_submodule(name)
     missing = x @ layer.weight.T - x[:, stay] @ layer.weight[:, stay].T
     change = fitted(torch.cat([x[:, stay], torch.ones(len(x), 1)], 1), missing.detach())
@@ -181,7 +181,7 @@ def test_least_squares_on_convolutions() -> None:
     torch.manual_seed(4)
     model = Convolutional().double().eval()
     images = Calibration(tuple({"x": torch.randn(5, 3, 9, 9, dtype=torch.float64)} for _ in range(4)), "drawn")
-    result = pruned(model, images, f"least_squares:given=then:aim=outputs:damping={DAMPING}", kinds=None, protect=["two:*"])
+    result = pruned(model, images, f"least_squares:given=then:drift=0:damping={DAMPING}", kinds=None, protect=["two:*"])
     stay = kept(result, "one")
     x = torch.cat([model.one(inputs["x"]).relu() for inputs in images.inputs]).detach()
     patches = nn.functional.unfold(x, 3, padding=1, stride=2).movedim(1, -1).flatten(0, 1).unflatten(1, (10, 9))
@@ -232,7 +232,7 @@ def test_damping_never_fails() -> None:
     assert change.isfinite().all() and solve(x.T @ x, torch.zeros(2, 9, dtype=torch.float64), 0.0).abs().max() == 0
 
 
-@pytest.mark.parametrize("setting", ["given=never", "aim=nothing", "where=nowhere"])
+@pytest.mark.parametrize("setting", ["given=never", "drift=2", "where=nowhere"])
 def test_unknown_choices_are_mistakes(llama: Any, calibration: Calibration, setting: str) -> None:
     with pytest.raises(UserMistake, match="cannot be"):
         pruned(llama, calibration, f"least_squares:{setting}")
