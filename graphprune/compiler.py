@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from math import gcd
 from typing import Any
 
@@ -273,8 +274,9 @@ def rewrite(model: nn.Module, groups: Groups, plan: Plan, example: Example, emis
     """Emit the smaller model and check it: masked original ≡ cut graph ≡ emitted model. Raises naming the group at fault."""
     axes, keep = groups.axes, plan.keep(groups)
     tensors, inputs = tensors_of(model, axes.trace), axes.trace.flatten(example.inputs)
-    cut = smaller(axes, tensors, keep)
-    exact = checked(groups, tensors, inputs, keep, cut)[1] if emission.verify else None
+    cutting = cache(partial(smaller, axes, tensors, keep))
+    exact = checked(groups, tensors, inputs, keep, cutting)[1] if emission.verify else None
+    cut = cutting()
     if emission.emit == "graph":
         return Pruned(PrunedGraph(axes.trace, cut.graph, cut.tensors), obstacle="a graph has no config")
     wanted = reference(axes.trace, cut.tensors, inputs, cut.graph, exact)
@@ -290,13 +292,13 @@ def _as_module(model: nn.Module, axes: Axes, keep: Keep, cut: Smaller, wanted: R
         try:
             return Pruned(emitted, config=stock_config(model, emitted, axes, keep, accept))
         except ModelLimit as limit:
-            obstacle = str(limit)
+            emitted, obstacle = over(model, emitted), str(limit)
     remembers = decodes(model, example.inputs)
 
     def runs(emitted: nn.Module) -> bool:
         return computes(emitted, example.inputs, wanted) and remembers(emitted)
 
-    emitted, attributes = emit_module(model, over(model, emitted), axes, keep, runs)
+    emitted, attributes = emit_module(model, emitted, axes, keep, runs)
     return Pruned(emitted, obstacle=obstacle, attributes=attributes)
 
 

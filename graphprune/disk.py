@@ -136,7 +136,8 @@ def available_memory() -> int | None:
 
 @contextmanager
 def given_back(size: int) -> Iterator[None]:
-    """Meanwhile, memory of so many bytes or more goes back to the system as soon as it is free, and costs more to get.
+    """Meanwhile, memory of so many bytes or more goes back to the system as soon as it is free, and costs more to get; then all
+    that is free does.
 
     Left alone, glibc keeps what tensors left in its heap, where small objects between them soon make it useless for larger ones.
     """
@@ -145,13 +146,19 @@ def given_back(size: int) -> Iterator[None]:
         yield
     finally:
         _map_apart(32 << 20)
+        _tell("malloc_trim", 0)
 
 
 def _map_apart(size: int) -> None:
-    """Tell glibc, where that is the C library, to map at least so many bytes apart; 32 MiB is where it would end by itself."""
-    tell = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if tell is not None:
-        tell(MAP_APART, size)
+    """Map at least so many bytes apart; 32 MiB is where glibc would end by itself."""
+    _tell("mallopt", MAP_APART, size)
+
+
+def _tell(function: str, *arguments: int) -> None:
+    """Call a function of glibc, where that is the C library."""
+    found = getattr(ctypes.CDLL(None), function, None) if os.name == "posix" else None
+    if found is not None:
+        found(*arguments)
 
 
 def _shards(folder: Path) -> list[str]:

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from graphprune.axes import Axis, Keep
+from graphprune.disk import given_back
 from graphprune.errors import RuleBug
 from graphprune.execute import Edit, execute, execute_all, is_drawn
 from graphprune.groups import Groups
@@ -37,6 +38,9 @@ ROUNDINGS = 10
 
 PROMPT = 3
 """Tokens of each of the two passes that check a cache."""
+
+LARGE = 1 / 16
+"""What takes more than this part of a model, and no less than 1 MiB, goes back to the system as soon as it is free."""
 
 TOLERANCE = 1e-8
 """Largest difference, relative to the largest output, between two double-precision runs of one function."""
@@ -85,13 +89,16 @@ def check_masked(
     ``cut`` is the smaller computation where it is at hand. Returns the largest difference. Raises RuleBug naming the first
     group that fails on its own.
     """
-    return checked(groups, tensors, inputs, keep, cut)[0]
+    return checked(groups, tensors, inputs, keep, None if cut is None else lambda: cut)[0]
 
 
 def checked(
-    groups: Groups, tensors: Mapping[str, Tensor], inputs: Sequence[Any], keep: Keep, cut: Smaller | None = None
+    groups: Groups, tensors: Mapping[str, Tensor], inputs: Sequence[Any], keep: Keep, cut: Callable[[], Smaller] | None = None
 ) -> tuple[float, Sequence[Tensor] | None]:
-    """The same; also what the smaller computation gives on the inputs, in double precision, where all of the cut was checked."""
+    """The same; also what the smaller computation gives on the inputs, in double precision, where all of the cut was checked.
+
+    ``cut`` is asked for when the original, whose weights take the most room, has been run.
+    """
     exact = {group.factor: keep[group.factor] for group in groups if group.exact and group.factor in keep}
     if not exact or any(tensor.is_meta for tensor in tensors.values()):
         return 0.0, None
@@ -109,13 +116,20 @@ def checked(
 
 
 def _gap(
-    axes: Axes, tensors: Mapping[str, Tensor], examples: Sequence[Sequence[Any]], keep: Keep, cut: Smaller | None = None
+    axes: Axes,
+    tensors: Mapping[str, Tensor],
+    examples: Sequence[Sequence[Any]],
+    keep: Keep,
+    cut: Callable[[], Smaller] | None = None,
 ) -> tuple[float, Sequence[Tensor]]:
     """The largest difference on any example between the smaller computation and the masked original, and what the former
     gives on the first."""
-    cut = cut or smaller(axes, tensors, keep)
-    found = execute_all(axes.trace, cut.tensors, examples, graph=cut.graph, dtype=torch.float64)
-    wanted = execute_all(axes.trace, tensors, examples, dtype=torch.float64, edit=masks(axes, keep))
+    large = max(1 << 20, int(LARGE * sum(tensor.nbytes for tensor in tensors.values())))
+    with given_back(large):
+        wanted = execute_all(axes.trace, tensors, examples, dtype=torch.float64, edit=masks(axes, keep))
+    left = smaller(axes, tensors, keep) if cut is None else cut()
+    with given_back(large):
+        found = execute_all(axes.trace, left.tensors, examples, graph=left.graph, dtype=torch.float64)
     worst = max(difference(leaves(mine), leaves(theirs)) for mine, theirs in zip(found, wanted, strict=True))
     return worst, leaves(found[0])
 
