@@ -68,8 +68,7 @@ def _tree(axes: Axes, own: Member) -> dict[int | None, Reason]:
 
 
 def _variable(axes: Axes, member: Member) -> int | None:
-    origin = axes.origins.get((member.name, member.dim))
-    return None if origin is None else origin.id
+    return axes.origins.get((member.name, member.dim))
 
 
 def _soft(axes: Axes, factor: Factor) -> str:
@@ -80,10 +79,10 @@ def _soft(axes: Axes, factor: Factor) -> str:
 def _chain_to_pin(axes: Axes, name: str, dim: int, reason: Reason) -> Iterator[str]:
     graph = _links(axes)
     start, goal = axes.origins.get((name, dim)), axes.pinned.get(id(reason))
-    if start is None or goal is None or start.id not in graph or goal[0].id not in graph:
+    if start is None or goal is None or start not in graph or goal[0] not in graph:
         return
-    if nx.has_path(graph, start.id, goal[0].id):
-        for step in _reasons(graph, nx.shortest_path(graph, start.id, goal[0].id)):
+    if nx.has_path(graph, start, goal[0]):
+        for step in _reasons(graph, nx.shortest_path(graph, start, goal[0])):
             yield f"    because {step.what}{_at(step)}"
 
 
@@ -94,7 +93,7 @@ def _reasons(graph: nx.Graph, path: list[int]) -> list[Reason]:
 
 def _links(axes: Axes) -> nx.Graph:
     graph = nx.Graph()
-    graph.add_edges_from((link.one.id, link.other.id, {"why": link.why}) for link in reversed(axes.links))
+    graph.add_edges_from((link.one, link.other, {"why": link.why}) for link in reversed(axes.links))
     return graph
 
 

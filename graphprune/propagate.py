@@ -18,7 +18,7 @@ from graphprune.errors import RuleBug
 from graphprune.memory import written
 from graphprune.rules import Literal, Op, Typed, Use, find_rule
 from graphprune.trace import Trace
-from graphprune.unify import Conflict, Expression, Link, Reason, Solver, Variable, resolve
+from graphprune.unify import Conflict, Expression, Link, Reason, Solver, resolve
 
 Solve = Callable[[Expression], Axis]
 UNKNOWN = 10_007
@@ -59,8 +59,8 @@ class Axes:
     pins: Mapping[Factor, tuple[Reason, ...]]
     renormalised: Mapping[Factor, tuple[Reason, ...]]
     links: tuple[Link, ...]
-    origins: Mapping[tuple[str, int], Variable]
-    pinned: Mapping[int, tuple[Variable, Reason]]
+    origins: Mapping[tuple[str, int], int]
+    pinned: Mapping[int, tuple[int, Reason]]
     activations: frozenset[fx.Node]
     least: Mapping[Factor, int]
     computed: frozenset[fx.Node]
@@ -93,7 +93,7 @@ class _Walk:
         self.solver = Solver()
         self.values: dict[fx.Node, Any] = {}
         self.named: dict[str, Typed] = {}
-        self.origins: dict[tuple[str, int], Variable] = {}
+        self.origins: dict[tuple[str, int], int] = {}
         self.active: set[fx.Node] = set()
         self.computed = computed(trace)
         self.uses: list[Use] = []
@@ -122,7 +122,7 @@ class _Walk:
             if tensor.name not in self.named:
                 axes = tuple(self.solver.fresh(size) for size in tensor.shape)
                 self.named[tensor.name] = Typed(axes)
-                self.origins |= {(tensor.name, dim): axis[0][0] for dim, axis in enumerate(axes) if any(axis)}
+                self.origins |= {(tensor.name, dim): axis[0][0].id for dim, axis in enumerate(axes) if any(axis)}
             return self._own(self.named[tensor.name], node)
         if not isinstance(node.meta.get("val"), Tensor):
             return node.meta.get("val")

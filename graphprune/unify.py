@@ -53,10 +53,10 @@ class Conflict(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """Two variables that share units, and the equation that made them share: the edges that ``explain`` walks."""
+    """Two variables, by number, that share units, and the equation that made them share: the edges that ``explain`` walks."""
 
-    one: Variable
-    other: Variable
+    one: int
+    other: int
     why: Reason
 
 
@@ -66,7 +66,7 @@ class Solver:
     def __init__(self) -> None:
         self.variables: list[Variable] = []
         self.links: list[Link] = []
-        self.pinned: dict[int, tuple[Variable, Reason]] = {}
+        self.pinned: dict[int, tuple[int, Reason]] = {}
         self._fuel = FUEL
 
     # ── building expressions ─────────────────────────────────────────────────────────────────────────────────────────
@@ -83,7 +83,7 @@ class Solver:
         """Freeze every factor of ``axis``."""
         for leaf in leaves(axis):
             if not leaf.pins:
-                self.pinned.setdefault(id(why), (leaf, why))
+                self.pinned.setdefault(id(why), (leaf.id, why))
             leaf.pins.append(why)
 
     def renormalise(self, axis: Expression, why: Reason) -> None:
@@ -146,7 +146,7 @@ class Solver:
         """Two variables of one size are the same variable."""
         if one is other:
             return
-        self.links.append(Link(one, other, why))
+        self.links.append(Link(one.id, other.id, why))
         if one.meaning is not None and other.meaning is not None:
             self._unify(one.meaning, other.meaning, why)
         elif one.meaning is None:
@@ -188,7 +188,7 @@ class Solver:
     def _split(self, variable: Variable, outer: int, inner: Variable, why: Reason) -> None:
         """``variable := outer · inner``."""
         fresh = self._variable(outer)
-        self.links += [Link(variable, fresh, why), Link(variable, inner, why)]
+        self.links += [Link(variable.id, fresh.id, why), Link(variable.id, inner.id, why)]
         self._bind(variable, ((fresh, inner),))
 
     def _bind(self, variable: Variable, meaning: Expression) -> None:
@@ -223,7 +223,7 @@ class Solver:
         if self._fuel < 0:
             raise Conflict("more cuts than a layout is worth")
         first, second = (self.fresh(size)[0] for size in (offset, variable.size - offset))
-        self.links += [Link(variable, part, why) for part in (*first, *second)]
+        self.links += [Link(variable.id, part.id, why) for part in (*first, *second)]
         self._bind(variable, (first, second))
         return first, second
 
