@@ -155,9 +155,11 @@ class _Walk:
             result = rule(op)
         except Conflict as conflict:
             return self._freeze(node, f"{node.target}: {conflict}")
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             if _depends_on_data(node):
                 return self._freeze(node, "its sizes depend on data")
+            if _is_empty(node):
+                return self._freeze(node, "it has no elements")
             error.add_note(f"in the rule of {node.target} at {source_line(node)}")
             raise RuleBug(f"the rule of {node.target} failed: {error!r}") from error
         mismatch = _mismatch(result, shapes)
@@ -345,6 +347,12 @@ def _depends_on_data(node: fx.Node) -> bool:
     values = [part for each in (node, *node.all_input_nodes) for part in pytree.tree_leaves(each.meta.get("val"))]
     sizes = [size for value in values for size in (value.shape if isinstance(value, Tensor) else [value])]
     return any(isinstance(size, torch.SymInt) and size.node.hint is None for size in sizes)
+
+
+def _is_empty(node: fx.Node) -> bool:
+    """Whether a tensor without elements takes part."""
+    values = [part for each in (node, *node.all_input_nodes) for part in pytree.tree_leaves(each.meta.get("val"))]
+    return any(isinstance(value, Tensor) and 0 in value.shape for value in values)
 
 
 def _replace(value: Any, lookup: Any) -> Any:

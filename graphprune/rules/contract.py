@@ -96,7 +96,7 @@ equation("b i k, b k j -> b i j", aten.baddbmm, operands=("batch1", "batch2"), o
 equation("b i k, b k j -> i j", aten.addbmm, operands=("batch1", "batch2"), onto="self")
 
 
-@rule(aten.matmul)
+@rule(aten.matmul, aten.linalg_matmul)
 def matmul(op: Op) -> Typed:
     """A matrix product with broadcast leading dimensions; vectors have no outer dimension."""
     left, right = op["self"], op["other"]

@@ -95,8 +95,9 @@ def over_area(op: Op) -> Typed | tuple[Typed, ...]:
 
 
 @rule(
-    aten.avg_pool3d, aten.max_pool3d, aten.adaptive_avg_pool3d, aten.max_pool3d_with_indices, aten.upsample_trilinear3d,
-    aten.upsample_nearest3d, aten.reflection_pad3d, aten.replication_pad3d,
+    aten.avg_pool3d, aten.max_pool3d, aten.adaptive_avg_pool3d, aten.adaptive_max_pool3d, aten.max_pool3d_with_indices,
+    aten.upsample_trilinear3d, aten.upsample_nearest3d, aten._upsample_nearest_exact3d, aten.reflection_pad3d,
+    aten.replication_pad3d, aten.max_unpool3d,
 )  # fmt: skip
 def over_volume(op: Op) -> Typed | tuple[Typed, ...]:
     """Three spatial dimensions."""

@@ -19,7 +19,7 @@ def _reduced(op: Op, source: Typed, dims: Sequence[int]) -> tuple[Expression, ..
     return tuple(ONE if dim in dims else axis for dim, axis in enumerate(source.axes) if keep or dim not in dims)
 
 
-@rule(aten.sum, aten.nansum, aten.linalg_vector_norm, aten.norm, aten.frobenius_norm)
+@rule(aten.sum, aten.nansum, aten.linalg_vector_norm, aten.linalg_norm, aten.norm, aten.frobenius_norm)
 def total(op: Op) -> Typed:
     """A sum (a norm is one of powers) is a contraction with ones."""
     source = op["self"]
@@ -34,7 +34,7 @@ def total(op: Op) -> Typed:
 
 @rule(
     aten.mean, aten.var, aten.std, aten.amax, aten.amin, aten.prod, aten.logsumexp, aten.any, aten.all, aten.var_mean,
-    aten.std_mean, aten.median,
+    aten.std_mean, aten.median, aten.nanmean, aten.aminmax,
 )  # fmt: skip
 def statistic(op: Op) -> Typed | tuple[Typed, ...]:
     """Anything else over an axis changes with the number or the choice of its units."""
