@@ -29,7 +29,7 @@ from graphprune import Budget, Calibration, Groups, Plan, Pruned, Scores, calibr
 from graphprune.compiler import rewrite
 from graphprune.cost import parameters
 from graphprune.data import read_texts
-from graphprune.default import READERS
+from graphprune.default import REPAIR
 from graphprune.evaluate import perplexity
 from graphprune.facts import Emission, Example
 from graphprune.pipeline import Facts, Pass, find_pass, run
@@ -89,7 +89,7 @@ STEPS = (
     Row("+ every weight, towards the original's stream", "obs", (ALL,), before=ENDS, mix="both"),
     Row("+ widths by the errors", "obs", (ALL,), scope="global", mix="both"),
     Row("+ heads", "obs", (ALL,), scope="global", kinds=("head", "ffn"), mix="both"),
-    Row("the default", "obs", (READERS,), before=MEASURED, scope="global", kinds=("head", "ffn"), mix="both"),
+    Row("the default", "obs", (REPAIR,), before=MEASURED, scope="global", kinds=("head", "ffn"), mix="both"),
 )
 ALIKE = (
     Row("first-order Taylor, layers alike", "taylor", alike=True),
