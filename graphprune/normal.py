@@ -1,7 +1,8 @@
 """Vectors in, corrections out: normal equations summed, factored and solved within the memory of their one square.
 
 A symmetric matrix says everything twice. While it is a factor, that lies in the lower triangle, and the upper one remembers the
-matrix. Nothing else here is larger than ``BLOCK`` rows or columns of it.
+matrix; one that is only multiplied with is *packed*, its lower triangle alone. Nothing else here is larger than ``BLOCK`` rows or
+columns of it.
 """
 
 from __future__ import annotations
@@ -23,10 +24,51 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def add_square(total: Tensor, x: Tensor) -> None:
-    """Add xᵀ·x (inputs, inputs) to the lower triangle of ``total``; ``mirror`` completes it when all is added."""
-    for start in range(0, len(total), BLOCK):
-        stop = start + BLOCK
-        total[start:stop, :stop].add_(x[:, start:stop].T @ x[:, :stop])
+    """Add xᵀ·x (inputs, inputs) to the lower triangle of ``total``, square or packed; ``mirror`` completes a square at last."""
+    for start, rows in block_rows(total, x.shape[1]):
+        rows.add_(x[:, start : start + BLOCK].T @ x[:, : rows.shape[1]])
+
+
+def packed(like: Tensor, size: int) -> Tensor:
+    """Zeros for the block rows of a lower triangle, in one vector."""
+    return like.new_zeros(sum(min(BLOCK, size - start) * min(start + BLOCK, size) for start in range(0, size, BLOCK)))
+
+
+def block_rows(matrix: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
+    """The lower triangle of a square or packed matrix, ``BLOCK`` rows at a time: where they begin, and the rows up to where they
+    end."""
+    place = 0
+    for start in range(0, size, BLOCK):
+        stop = min(start + BLOCK, size)
+        end = place + (stop - start) * stop
+        yield start, matrix[start:stop, :stop] if matrix.ndim == 2 else matrix[place:end].view(stop - start, stop)
+        place = end
+
+
+def multiplied(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows · matrix, which is packed: (rows, inputs)."""
+    found = torch.zeros_like(rows)
+    for start, block in block_rows(matrix, rows.shape[1]):
+        stop = block.shape[1]
+        found[:, start:stop].addmm_(rows[:, :stop], block.mT)
+        found[:, :start].addmm_(rows[:, start:stop], block[:, :start])
+    return found
+
+
+def exchange(square: Tensor, matrix: Tensor) -> None:
+    """Let a square and a packed matrix hold what the other one held."""
+    for (_, mine), (_, theirs) in zip(block_rows(square, len(square)), block_rows(matrix, len(square)), strict=True):
+        held = mine.clone()
+        mine.copy_(theirs)
+        theirs.copy_(held)
+    mirror(square)
+
+
+def add_packed(square: Tensor, matrix: Tensor) -> Tensor:
+    """Add a packed matrix to a square."""
+    for (_, mine), (_, theirs) in zip(block_rows(square, len(square)), block_rows(matrix, len(square)), strict=True):
+        mine.add_(theirs)
+    return mirror(square)
 
 
 def mirror(total: Tensor) -> Tensor:

@@ -35,7 +35,18 @@ from graphprune.capture import fitted
 from graphprune.errors import UserMistake, nearest
 from graphprune.execute import tensors_of
 from graphprune.lockstep import Emitted, Reading, Site, side_by_side
-from graphprune.normal import BLOCK, add_product, add_square, factored, mirror, substitute
+from graphprune.normal import (
+    BLOCK,
+    add_packed,
+    add_product,
+    add_square,
+    exchange,
+    factored,
+    mirror,
+    multiplied,
+    packed,
+    substitute,
+)
 from graphprune.ranks import dealt, numbered, summed
 
 Moments = tuple[Tensor, Tensor]
@@ -110,9 +121,9 @@ def _repair(
             size = reading.stream.square().mean(1, keepdim=True).sqrt().clamp_min(torch.finfo(x.dtype).tiny)
             x, missing = x / size, missing / size
         half = place % 2 if damping is None else 0
-        for name, rows in (("gram", x.shape[1]), ("cross", missing.shape[1])):
-            if (name, half) not in sums:
-                sums[name, half] = x.new_zeros(rows, x.shape[1], dtype=torch.float64)
+        if ("gram", half) not in sums:
+            sums["cross", half] = cross = x.new_zeros(missing.shape[1], x.shape[1], dtype=torch.float64)
+            sums["gram", half] = packed(cross, x.shape[1]) if half else cross.new_zeros(x.shape[1], x.shape[1])
         add_square(sums["gram", half], x)
         add_product(sums["cross", half], missing, x)
     change = _change(summed(sums), damping)
@@ -125,25 +136,27 @@ def _repair(
 
 def _change(sums: Mapping[tuple[str, int], Tensor], damping: float | None) -> Tensor:
     """The correction that the sums over even and odd batches ask for."""
-    halves = [(mirror(sums["gram", half]), sums["cross", half]) for half in (0, 1) if ("gram", half) in sums]
-    if damping is None and len(halves) == 2:
-        return carried(*halves)
-    gram, cross = halves[0]
+    gram, cross = mirror(sums["gram", 0]), sums["cross", 0]
+    if ("gram", 1) in sums:
+        return carried((gram, cross), (sums["gram", 1], sums["cross", 1]))
     return solve(gram, cross, FEW if damping is None else damping)
 
 
 def carried(one: Moments, other: Moments) -> Tensor:
     """The correction from two halves together, λ being the one that serves each half best when fitted to the other; or zero.
 
-    The first half is used up.
+    Of the second half Σ x·xᵀ is packed. The first half is used up.
     """
     best, least = None, 0.0
     for damping in DAMPINGS:
-        error = _error(one, other, damping) + _error(other, one, damping)
+        error = _error(one, other, damping)
+        exchange(one[0], other[0])
+        error += _error((one[0], other[1]), (other[0], one[1]), damping)
+        exchange(one[0], other[0])
         if error > least and best is not None:
             break
         best, least = (damping, error) if error < least else (best, least)
-    return torch.zeros_like(one[1]) if best is None else solve(one[0].add_(other[0]), one[1].add_(other[1]), best)
+    return torch.zeros_like(one[1]) if best is None else solve(add_packed(one[0], other[0]), one[1].add_(other[1]), best)
 
 
 def _error(own: Moments, other: Moments, damping: float) -> float:
@@ -152,7 +165,7 @@ def _error(own: Moments, other: Moments, damping: float) -> float:
     with factored(own[0], damping) as factor:
         for mine, theirs in zip(torch.split(own[1], BLOCK), torch.split(other[1], BLOCK), strict=True):
             change = substitute(factor, mine.clone())
-            total += float((change @ other[0]).sub_(theirs, alpha=2).mul_(change).sum())
+            total += float(multiplied(change, other[0]).sub_(theirs, alpha=2).mul_(change).sum())
     return total
 
 

@@ -51,3 +51,21 @@ def test_damping_grows_from_the_same_matrix_until_there_is_a_factor(monkeypatch:
     least = ((product - before).diagonal() / scale).mean().item()
     torch.testing.assert_close(product, before + least * torch.diag(scale))
     assert torch.linalg.eigvalsh(before + least / 10 * torch.diag(scale)).min() < 0
+
+
+@pytest.mark.parametrize("block", [4, 64])
+@pytest.mark.parametrize("size", [1, 4, 11, 16])
+def test_a_packed_matrix_is_the_square_it_stands_for(size: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(normal, "BLOCK", block)
+    x, rows, square, _ = summed(size, 40)
+    y = x + rows.sum(1, keepdim=True)
+    small, other = normal.packed(x, size), y.T @ y
+    normal.add_square(small, y)
+    torch.testing.assert_close(normal.multiplied(x, small), x @ other)
+    before = square.clone()
+    normal.exchange(square, small)
+    torch.testing.assert_close(square, other)
+    assert torch.equal(square, square.T)
+    torch.testing.assert_close(normal.multiplied(x, small), x @ before)
+    torch.testing.assert_close(normal.add_packed(square, small), other + before)
+    assert small.numel() < square.numel() or size <= block
