@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ SMALLEST = 3
 OURS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 HOOKS = ("_backward_pre_hooks", "_backward_hooks", "_forward_hooks", "_forward_pre_hooks")
 PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
+
+OPAQUE = (nn.Module, Tensor, type, ModuleType, FunctionType, MethodType)
+"""What holds nothing that a call would change: modules are looked at one by one, tensors are written to in the graph."""
+DEPTH = 3
 
 Place = tuple[str, str]
 """A plain attribute: the path of its module inside the block, and its name."""
@@ -39,13 +44,25 @@ class Block:
         return any(getattr(module, hooks) for path, module in self.inner.items() if path for hooks in HOOKS)
 
     def state(self) -> Any:
-        """Everything a call could change about the block's modules."""
-        return {(path, name): seen(value) for path, module in self.inner.items() for name, value in vars(module).items()}
+        """Everything a call could change about the block's modules, and about the objects they hold."""
+        known: dict[int, Any] = {}
+        return {(path, name): seen(value, known) for path, module in self.inner.items() for name, value in vars(module).items()}
 
 
-def seen(value: Any) -> Any:
-    """What a value is compared by: its text where that says everything, else its identity."""
-    return repr(value) if is_plain(value) else id(value)
+def seen(value: Any, known: dict[int, Any], depth: int = DEPTH) -> Any:
+    """What a value is compared by: its text where that says everything, else its identity and what it holds."""
+    if is_plain(value):
+        return repr(value)
+    if depth and id(value) not in known and not isinstance(value, OPAQUE):
+        known[id(value)] = None
+        parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else _held(value)
+        known[id(value)] = [(str(name), seen(part, known, depth - 1)) for name, part in parts]
+    return id(value), known.get(id(value))
+
+
+def _held(value: Any) -> Iterable[tuple[str, Any]]:
+    held: Mapping[str, Any] = getattr(value, "__dict__", {})
+    return held.items()
 
 
 def find_twins(model: nn.Module) -> dict[int, list[Block]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,13 +96,11 @@ def test_a_block_whose_tensors_are_read_from_outside_is_traced_with_them(ask: Ca
 
 
 class Twin(nn.Module):
-    """A block that computes with its own number, or keeps count of its calls."""
+    """A block that computes with its own number, keeps count of its calls, or finds what the first one left for the others."""
 
-    calls = 0
-
-    def __init__(self, number: int, kind: str) -> None:
+    def __init__(self, number: int, kind: str, left: SimpleNamespace) -> None:
         super().__init__()
-        self.number, self.kind, self.seen = number, kind, 0
+        self.number, self.kind, self.seen, self.left = number, kind, 0, left
         self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,12 +110,25 @@ class Twin(nn.Module):
         if self.kind == "count":
             self.seen += 1
             return x + self.seen
+        if self.kind == "left" and self.left.there is None:
+            self.left.there = x
+        if self.kind == "left":
+            return x * self.left.there
         return x + (torch.ones(8) if self.kind == "constant" else 1)
 
 
-@pytest.mark.parametrize("kind", ["number", "count", "constant", "none"])
+class Stack(nn.Sequential):
+    """Starts with nothing left by anyone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self[0].left.there = None
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", ["number", "count", "constant", "left", "none"])
 def test_twins_that_compute_differently_are_told_apart(kind: str) -> None:
-    model = nn.Sequential(*(Twin(number // 2, kind) for number in range(6)))
+    left = SimpleNamespace(there=None)
+    model = Stack(*(Twin(number // 2, kind, left) for number in range(6)))
     plain = graphprune.trace(model, torch.randn(3, 8), repeat=False)
     for module in model:
         module.seen = 0
