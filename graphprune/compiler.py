@@ -34,7 +34,7 @@ from graphprune.rewrite.module import copy_cut, emit_module, over
 from graphprune.rewrite.stock import each_obviously_expressible, expressible, obviously_expressible, stock_config
 from graphprune.select import Budget, allowed_kinds, for_kind, select
 from graphprune.trace import Inputs, Trace, trace
-from graphprune.verify import Reference, checked, close, computes, decodes, reference
+from graphprune.verify import Reference, check_traced, checked, close, computes, decodes, reference
 
 TRIED_STEPS = 8
 """How many roundings are tried to find sizes a config accepts."""
@@ -278,6 +278,8 @@ def rewrite(model: nn.Module, groups: Groups, plan: Plan, example: Example, emis
     exact = checked(groups, tensors, inputs, keep, cutting)[1] if emission.verify else None
     cut = cutting()
     if emission.emit == "graph":
+        if emission.verify:
+            check_traced(model, axes.trace, tensors, example.inputs)
         return Pruned(PrunedGraph(axes.trace, cut.graph, cut.tensors), obstacle="a graph has no config")
     wanted = reference(axes.trace, cut.tensors, inputs, cut.graph, exact)
     return _as_module(model, axes, keep, cut, wanted, example)

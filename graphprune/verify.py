@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from graphprune.axes import Axis, Keep
 from graphprune.disk import given_back
-from graphprune.errors import RuleBug
+from graphprune.errors import ModelLimit, RuleBug
 from graphprune.execute import Edit, execute, execute_all, is_drawn
 from graphprune.groups import Groups
 from graphprune.memory import untouched
@@ -227,6 +227,18 @@ def computes(emitted: torch.nn.Module, inputs: Inputs, wanted: Reference) -> boo
         if not wanted.agrees(found):
             return False
     return True
+
+
+def check_traced(model: torch.nn.Module, trace: Trace, tensors: Mapping[str, Tensor], inputs: Inputs) -> None:
+    """Check that a trace computes what its model does: where only the graph is wanted, nothing else would tell."""
+    if any(tensor.is_meta for tensor in tensors.values()):
+        return
+    if not close(model, inputs, reference(trace, tensors, trace.flatten(inputs), trace.graph)):
+        raise ModelLimit(
+            f"the graph of {trace.name} does not compute what the model does",
+            why="its forward depends on something that no trace sees: a state outside its tensors, a value of the inputs",
+            fix='emit="module", which is held to the model itself',
+        )
 
 
 def decodes(model: torch.nn.Module, inputs: Inputs) -> Callable[[torch.nn.Module], bool]:

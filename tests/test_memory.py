@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+import pytest
 import torch
 from torch import Tensor, nn
 
 import graphprune
+from graphprune.errors import ModelLimit
 from graphprune.memory import untouched
 from graphprune.trace import trace
 from tests.models import sharpened
@@ -58,3 +62,22 @@ def test_what_a_forward_writes_is_undone() -> None:
     assert int(model.steps) == 0
     assert torch.equal(model.fixed, torch.ones(16))
     assert torch.equal(model.bank, torch.ones(4, 10))
+
+
+class Counting(nn.Module):
+    """Scales by how often it was called, of which no trace knows."""
+
+    calls: ClassVar[list[None]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append(None)
+        return self.down(self.up(x).relu()) * len(self.calls)
+
+
+def test_a_graph_that_is_not_the_model_is_refused() -> None:
+    with pytest.raises(ModelLimit, match="the graph of Counting does not compute what the model does"):
+        graphprune.compile(Counting(), torch.randn(2, 6), keep=0.5, emit="graph")
