@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from io import StringIO
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
-from graphprune.errors import ModelLimit, first_line
+from graphprune.errors import ModelLimit, UserMistake, first_line
 from graphprune.known import Known, agrees, casts_that_do_nothing, without_checks
 from graphprune.memory import lent
 from graphprune.repeat import Repeats, unwritten, write_out
@@ -91,9 +93,19 @@ def trace(model: nn.Module, example_inputs: Inputs, *, dynamic: bool = False, re
     the model cannot be exported.
     """
     args, kwargs = as_call(example_inputs)
+    _check_tensors(model)
     with exportable(model), _without_gradients(model):
         found = _repeated(model, args, kwargs) if repeat and not dynamic else None
         return found or _plain(model, args, kwargs, dynamic)
+
+
+def _check_tensors(model: nn.Module) -> None:
+    """Every tensor of a model has a shape, and may be used for what a trace and a training need."""
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
+            raise UserMistake(f"{name} has no shape yet", fix="call the model once, on inputs like the example")
+        if tensor.is_inference():
+            raise UserMistake(f"{name} was made in inference mode", fix="build the model outside torch.inference_mode()")
 
 
 def _plain(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool) -> Trace:
@@ -197,8 +209,8 @@ def exportable(model: nn.Module, batched: bool = True) -> Iterator[None]:
     """Evaluation mode, no key-value cache among the outputs, experts as ``batched`` products: what export needs, then undone."""
     with ExitStack() as undo:
         training = [module for module in model.modules() if module.training]
-        undo.callback(lambda: [module.train(True) for module in model.modules() if module in set(training)])
         for module in training:
+            undo.callback(setattr, module, "training", True)
             module.training = False
         for config in _configs(model):
             if getattr(config, "use_cache", None):

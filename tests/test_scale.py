@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor, fx, nn
 
 import graphprune
+from graphprune.errors import UserMistake
 from graphprune.propagate import source_line
 from graphprune.repeat import Repeats
 from graphprune.trace import Trace
@@ -142,6 +143,21 @@ def test_flags_and_forwards_are_left_as_they_were() -> None:
     before = [p.requires_grad for p in model.parameters()], type(model.model.layers[0]).__dict__["forward"]  # type: ignore[index,union-attr]
     graphprune.trace(model, inputs)
     assert before == ([p.requires_grad for p in model.parameters()], type(model.model.layers[0]).__dict__["forward"])  # type: ignore[index,union-attr]
+
+
+def test_layers_in_evaluation_mode_stay_so_inside_a_model_in_training() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4).eval()), nn.Linear(4, 2))
+    graphprune.trace(model, torch.randn(3, 4))
+    assert [module.training for module in model.modules()] == [True, True, True, False, True]
+
+
+def test_tensors_that_cannot_be_traced_are_named() -> None:
+    with pytest.raises(UserMistake, match="weight has no shape yet"):
+        graphprune.trace(nn.Sequential(nn.LazyLinear(4)), torch.randn(3, 4))
+    with torch.inference_mode():
+        model = nn.Linear(4, 2)
+    with pytest.raises(UserMistake, match="weight was made in inference mode"):
+        graphprune.trace(model, torch.randn(3, 4))
 
 
 def test_a_chain_of_five_hundred_sums_is_solved() -> None:
