@@ -65,9 +65,17 @@ def first_line(error: BaseException) -> str:
 
 
 def raised_at(error: BaseException, files: Container[str]) -> str | None:
-    """The innermost line of some files that another library's error came through: ``model.py:41  q = self.q(x)``."""
+    """The innermost line, of some files, that another library's error came through: ``model.py:41  q = self.q(x)``."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}  {frames[-1].line}" if frames else None
+
+
+def raised_inside(error: BaseException, files: Container[str], package: str) -> str | None:
+    """The innermost line of a package that was called, at whatever depth, by some files: ``functional.py:5764``."""
+    frames = traceback.extract_tb(error.__traceback__)
+    last = max((place for place, frame in enumerate(frames) if frame.filename in files), default=len(frames))
+    inside = [frame for frame in frames[last + 1 :] if frame.filename.startswith(package)]
+    return f"{Path(inside[-1].filename).name}:{inside[-1].lineno}" if inside else None
 
 
 def _detail(label: str, text: str) -> str:

@@ -30,7 +30,8 @@ from graphprune.explain import explain
 from graphprune.propagate import Axes
 from graphprune.unify import Reason
 
-KINDS = ("head", "query", "qk_width", "value_width", "expert", "hidden", "ffn", "channel")
+ATTENTION = ("head", "query", "qk_width", "value_width")
+KINDS = (*ATTENTION, "expert", "hidden", "ffn", "channel")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +121,28 @@ def couple(axes: Axes) -> Groups:
     kinds = _kinds(axes, graph, roles, members)
     summed = {factor for use in axes.uses if use.role in ("contracted", "ranked") for factor in use.axis.factors}
     weighty = {factor for factor in free if any(member.name in axes.trace.parameters for member in members[factor])}
-    live = [factor for factor in free & weighty if factor in summed]
+    picked = _picked(axes)
+    live = [factor for factor in free & weighty if factor in summed and (factor not in picked or kinds[factor] in ATTENTION)]
     ordered = sorted(live, key=lambda factor: (min(m.order for m in members[factor]), factor.id))
     names = _names(ordered, members, kinds)
     groups = tuple(Group(names[f], kinds[f], f, members[f], f not in axes.renormalised, axes.least.get(f, 1)) for f in ordered)
     frozen = tuple(Frozen(f, members[f], axes.pins[f][0]) for f in sorted(named - free, key=lambda f: f.id))
     unused = Reason("no traced operation sums over it"), Reason("no parameter lies on it")
-    idle = tuple(Frozen(f, members[f], unused[f in summed]) for f in sorted(free - set(live), key=lambda f: f.id))
+    why = {
+        factor: picked[factor] if factor in picked and factor in weighty & summed else unused[factor in summed] for factor in free
+    }
+    idle = tuple(Frozen(f, members[f], why[f]) for f in sorted(free - set(live), key=lambda f: f.id))
     return Groups(axes, groups, frozen + idle, graph)
+
+
+def _picked(axes: Axes) -> dict[Factor, Reason]:
+    """The factors that shrink by leaving out a part of something that does not: worth it for attention only."""
+    places = ((node, axes.nodes[node][dim]) for node, dims in axes.chosen.items() for dim in dims)
+    return {
+        factor: Reason("read from a width that has another layout elsewhere", node)
+        for node, axis in places
+        for factor in axis.factors
+    }
 
 
 def _members(axes: Axes, roles: Roles) -> Mapping[Factor, tuple[Member, ...]]:

@@ -18,15 +18,18 @@ def written(node: fx.Node) -> list[fx.Node]:
 
 def lent(graph: fx.Graph) -> frozenset[str]:
     """The names of placeholders that are written to, be it through a view."""
-    behind: dict[fx.Node, frozenset[str]] = {}
-    found: set[str] = set()
+    return frozenset(node.name for node in rewritten(graph) if node.op == "placeholder")
+
+
+def rewritten(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Every value whose memory an operation writes to, be it through a view."""
+    behind: dict[fx.Node, frozenset[fx.Node]] = {}
+    found: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "placeholder":
-            behind[node] = frozenset({node.name})
-        elif node.op == "call_function":
-            found.update(*(behind.get(operand, ()) for operand in written(node)))
-            behind[node] = frozenset().union(*(behind.get(operand, ()) for operand in _shared(node)))
-    return frozenset(found)
+        shared = _shared(node) if node.op == "call_function" else []
+        behind[node] = frozenset().union(*(behind[operand] for operand in shared)) or frozenset({node})
+        found.update(*(behind[operand] for operand in written(node)))
+    return frozenset(node for node, memory in behind.items() if memory & found)
 
 
 def _shared(node: fx.Node) -> list[fx.Node]:

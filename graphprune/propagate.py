@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from graphprune.axes import Axis, Factor
 from graphprune.computed import computed
 from graphprune.errors import RuleBug
-from graphprune.memory import written
+from graphprune.memory import rewritten, written
 from graphprune.rules import Literal, Op, Typed, Use, find_rule
 from graphprune.trace import Trace
 from graphprune.unify import Conflict, Expression, Link, Reason, Solver, resolve
@@ -48,7 +48,8 @@ class Axes:
 
     ``tensors`` maps parameter, buffer and constant names to one Axis a dimension, ``nodes`` maps every fx node to the axes of
     its value (a tuple of them for several outputs), ``literals`` the literal arguments that are sizes, ``least`` the units a
-    factor must keep where that is more than one, ``computed`` the nodes that follow from sizes alone.
+    factor must keep where that is more than one, ``computed`` the nodes that follow from sizes alone, ``chosen`` the dimensions of
+    a node's value that shrink although nothing it is made of does.
     """
 
     trace: Trace
@@ -64,6 +65,7 @@ class Axes:
     activations: frozenset[fx.Node]
     least: Mapping[Factor, int]
     computed: frozenset[fx.Node]
+    chosen: Mapping[fx.Node, tuple[int, ...]]
 
     def factors(self) -> frozenset[Factor]:
         """Every factor on any parameter, buffer or constant."""
@@ -96,9 +98,11 @@ class _Walk:
         self.origins: dict[tuple[str, int], int] = {}
         self.active: set[fx.Node] = set()
         self.computed = computed(trace)
+        self.rewritten = rewritten(trace.graph)
         self.uses: list[Use] = []
         self.literals: dict[fx.Node, tuple[list[Literal], Any]] = {}
         self.limits: list[tuple[Expression, int, Reason]] = []
+        self.chosen: dict[fx.Node, tuple[int, ...]] = {}
 
     def visit(self, node: fx.Node) -> None:
         if self._depends_on_inputs(node):
@@ -167,6 +171,7 @@ class _Walk:
             return self._freeze(node, "its sizes depend on data")
         if mismatch:
             raise RuleBug(f"the rule of {node.target} {mismatch}")
+        result = self._chosen(op, result)
         self.uses += op.uses
         if op.literals:
             self.literals[node] = (op.literals, op.becomes)
@@ -174,6 +179,14 @@ class _Walk:
         self._in_place(op, result)
         self._freeze_positions(node, "computed with", [*op.understood, *(typed.values for typed in _each(result))])
         return result
+
+    def _chosen(self, op: Op, result: Any) -> Any:
+        """Dimensions of an activation that its operands have no layout for are axes of their own, unless its memory is shared."""
+        if not op.chosen or op.node not in self.active or op.node in self.rewritten:
+            return result
+        self.chosen[op.node] = tuple(op.chosen)
+        own = (self.solver.fresh(op.length(axis)) if dim in op.chosen else axis for dim, axis in enumerate(result.axes))
+        return replace(result, axes=tuple(own))
 
     def _part(self, node: fx.Node) -> Any:
         whole, index = self.values.get(node.args[0]), int(node.args[1])  # type: ignore[arg-type]
@@ -258,6 +271,7 @@ class _Walk:
             activations=frozenset(self.active),
             least=least,
             computed=self.computed,
+            chosen=self.chosen,
         )
 
     def _least(self) -> dict[Factor, int]:

@@ -5,7 +5,7 @@ Always possible, whatever Python attributes a model hides its sizes in; it is th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
 from operator import floordiv, mul
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from graphprune.axes import Axis, Keep
 from graphprune.computed import evaluated
+from graphprune.known import is_check
 from graphprune.propagate import Axes
 from graphprune.rules import Literal
 from graphprune.trace import Trace
@@ -65,6 +66,9 @@ def resized_graph(axes: Axes, keep: Keep) -> fx.Graph:
             _follow(axes, node, copies[node], keep)
             if node.target is aten.view.default:
                 copies[node].target = aten.reshape.default
+            _choose(axes, node, copies[node], keep)
+            if is_check(node) and _counts_less(axes, node.args[0], keep):
+                copies[node].args = (True, *copies[node].args[1:])
     for node, value in evaluated(axes.trace, _sliced(axes, keep)):
         _spell_out(copies[node], cut(value, axes.nodes[node], keep))
     return graph
@@ -78,6 +82,7 @@ def resized_call(axes: Axes, node: fx.Node, keep: Keep) -> fx.Node:
         holder.target = operand.name
     copy = graph.node_copy(node, holders.__getitem__)
     _follow(axes, node, copy, keep)
+    _choose(axes, node, copy, keep)
     return copy
 
 
@@ -96,10 +101,36 @@ def _shrinks(value: Any, keep: Keep) -> bool:
     return any(part.shrinks(keep) if isinstance(part, Axis) else _shrinks(part, keep) for part in value or ())
 
 
+def _counts_less(axes: Axes, told: Any, keep: Keep) -> bool:
+    """Whether a number, not a tensor, says how many elements something has of which fewer are left."""
+    if not isinstance(told, fx.Node) or isinstance(told.meta.get("val"), Tensor):
+        return False
+    counted = [operand for operand in told.all_input_nodes if isinstance(operand.meta.get("val"), Tensor)]
+    less = any(_shrinks(axes.nodes[node], keep) for operand in counted for node in (operand, *operand.all_input_nodes))
+    return less or any(_counts_less(axes, operand, keep) for operand in told.all_input_nodes)
+
+
 def _spell_out(copy: fx.Node, value: Tensor) -> None:
     """A constant by its elements, in place of the operation that computed it."""
     traced = copy.meta["val"]
     copy.target, copy.args, copy.kwargs = torch.tensor, (value.tolist(),), {"dtype": traced.dtype, "device": traced.device}
+
+
+def _choose(axes: Axes, node: fx.Node, copy: fx.Node, keep: Keep) -> None:
+    """Where the result shrinks and what it is made of does not, the operation gives it whole; what survives is taken from that."""
+    typed = axes.nodes[node]
+    kept = [(dim, typed[dim].kept(keep)) for dim in axes.chosen.get(node, ()) if typed[dim].shrinks(keep)]
+    if kept:
+        whole: Any = copy.target
+        copy.target, copy.args = survivors, (whole, kept, *copy.args)
+
+
+def survivors(operation: Callable[..., Tensor], kept: Iterable[tuple[int, Sequence[int]]], *args: Any, **kwargs: Any) -> Tensor:
+    """What an operation gives, but only the positions ``kept`` of some dimensions."""
+    value = operation(*args, **kwargs)
+    for dim, positions in kept:
+        value = value.index_select(dim, torch.tensor(positions, device=value.device))
+    return value
 
 
 def _follow(axes: Axes, node: fx.Node, copy: fx.Node, keep: Keep) -> None:
@@ -181,7 +212,8 @@ def _followed(axes: Axes, node: fx.Node, literal: Literal, arguments: Mapping[st
     if literal.meaning == "constant":
         return literal.axes if _touched(axes, node, keep) else None
     if literal.meaning == "sizes":
-        return _sizes(arguments.get(literal.name), literal, keep)
+        borrowed = literal.name not in arguments and any(_shrinks(axes.nodes[other], keep) for other in node.all_input_nodes[1:])
+        return _sizes(arguments.get(literal.name), literal, keep, borrowed)
     if not literal.axes.shrinks(keep):
         return None
     if literal.meaning == "size":
@@ -193,9 +225,12 @@ def _touched(axes: Axes, node: fx.Node, keep: Keep) -> bool:
     return any(_shrinks(axes.nodes[operand], keep) for operand in node.all_input_nodes)
 
 
-def _sizes(given: Any, literal: Literal, keep: Keep) -> list[Any] | None:
-    """A list of sizes, negative where counted backwards: integers follow their axes, -1 and symbols take care of themselves."""
-    if all(not axis.shrinks(keep) for axis in literal.axes):
+def _sizes(given: Any, literal: Literal, keep: Keep, borrowed: bool) -> list[Any] | None:
+    """A list of sizes, negative where counted backwards: integers follow their axes, -1 and symbols take care of themselves.
+
+    ``borrowed`` from another operand that shrinks, they must be said even where they stay.
+    """
+    if not borrowed and all(not axis.shrinks(keep) for axis in literal.axes):
         return None
     if not isinstance(given, list | tuple):
         given = [axis.size for axis in literal.axes]

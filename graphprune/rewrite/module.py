@@ -10,12 +10,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from graphprune.axes import Axis, Keep
-from graphprune.errors import HiddenSize, first_line, raised_at
+from graphprune.errors import HiddenSize, first_line, raised_at, raised_inside
 from graphprune.propagate import Axes, source_line
 from graphprune.rewrite.attributes import Attributes, attributes_between, is_plain, read, write
 from graphprune.rewrite.guess import (
@@ -166,12 +167,14 @@ def _hidden(model: nn.Module, evidence: Sequence[Evidence], axes: Axes, keep: Ke
         where, other = source_line(clash.node), wanted[place]
         why = f"{place} would have to be {clash.after} there and {other.after} at {source_line(other.node)}"
     elif failure.error is not None:
-        where = raised_at(failure.error, _files(model)) or _first_cut(axes, keep)
+        files = _files(model)
+        where = raised_at(failure.error, files) or _first_cut(axes, keep)
         line = where.partition("  ")[0]
         lost = next((item for item in evidence if not item.places and source_line(item.node).startswith(f"{line} ")), None)
-        why = f"{type(failure.error).__name__}: {first_line(failure.error)}"
+        stock = raised_inside(failure.error, files, str(Path(nn.__file__).parent))
+        why = f"{type(failure.error).__name__}: {first_line(failure.error)}" + (f", in torch's {stock}" if stock else "")
         if lost is not None:
-            why = f"{lost.before} must become {lost.after} there, and no attribute holds it"
+            why = f"{lost.before} must become {lost.after} there, and no attribute holds it" + (f" ({why})" if stock else "")
     else:
         where, why = _first_cut(axes, keep), "it runs, but its code computes a value from a size (a scale, an average)"
     fix = 'emit="graph", or keep these kinds whole'

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import fx
 
+from graphprune.known import is_check
 from graphprune.rules.table import Op, Typed, aten, rule
 from graphprune.unify import ONE, Conflict, Expression
+
+NUMBERS = (bool, int, float, torch.SymBool, torch.SymInt, torch.SymFloat)
 
 
 def _indexed(op: Op, axis: Expression, index: Typed) -> None:
@@ -140,10 +145,18 @@ def _is_mask(op: Op, place: int) -> bool:
 def _masked(op: Op, source: Typed, place: int, mask: Typed) -> Typed:
     """The dimensions a mask covers become one, of the places where it is true."""
     after = place + len(mask.axes)
-    for axis in (*mask.axes, *source.axes[place:after]):
-        op.pin(axis, "indexed by a mask")
+    counted = _only_counted(op.node)
+    for axis, other in zip(mask.axes, source.axes[place:after], strict=True):
+        op.equal(axis, other)
+        if not counted:
+            op.pin(axis, "indexed by a mask")
     chosen = op.pinned(op.shape[place], "chosen by a mask")
     return Typed((*source.axes[:place], chosen, *source.axes[after:]))
+
+
+def _only_counted(node: fx.Node) -> bool:
+    """Whether how many elements a value has is all that is asked of it, and that by checks alone."""
+    return all(is_check(user) or (isinstance(user.meta.get("val"), NUMBERS) and _only_counted(user)) for user in node.users)
 
 
 def _advanced(op: Op, source: Typed, indices: Sequence[Typed | None], shape: Sequence[int]) -> tuple[Expression, ...]:
@@ -188,11 +201,40 @@ def index_put(op: Op) -> Typed:
 
 @rule(aten.masked_scatter)
 def masked_scatter(op: Op) -> Typed:
-    """Values written one after the other where a mask is true: nothing that takes part can shrink."""
-    for operand in op.tensors:
-        for axis in operand.axes:
-            op.pin(axis, "written at places that data chooses")
-    return Typed(op["self"].axes)
+    """Values written one after the other where a mask is true. Along last dimensions that the mask was stretched over they are
+    whole rows, whose units can go."""
+    source, mask, written = (op[name].axes for name in ("self", "mask", "source"))
+    rows = _rows(op, source, written)
+    for axis, other in zip(source[len(source) - rows :], written[len(written) - rows :], strict=True):
+        op.equal(axis, other)
+    for axis, other in zip(reversed(source[len(source) - rows :]), reversed(mask), strict=False):
+        if other != ONE:
+            op.equal(axis, other)
+    others = (*source[: len(source) - rows], *mask[: max(0, len(mask) - rows)], *written[: len(written) - rows])
+    for axis in others:
+        op.pin(axis, "written at places that data chooses")
+    return Typed(source)
+
+
+def _rows(op: Op, source: Sequence[Expression], written: Sequence[Expression]) -> int:
+    """How many last dimensions of a tensor and of what is written into it are written whole or not at all."""
+    mask = _unstretched(op["mask"].source)
+    for rows, (axis, other) in enumerate(zip(reversed(source), reversed(written), strict=False)):
+        if op.length(axis) != op.length(other) or mask[::-1][rows : rows + 1] not in ((), (1,)):
+            return rows
+    return min(len(source), len(written))
+
+
+def _unstretched(node: Any) -> tuple[Any, ...]:
+    """The shape of a tensor before it was stretched."""
+    while _operation(node) in ("to", "_to_copy", "clone", "contiguous", "alias", "detach"):
+        node = node.args[0]
+    node = node.args[0] if _operation(node) in ("expand", "expand_as", "broadcast_to") else node
+    return tuple(node.meta["val"].shape)
+
+
+def _operation(node: fx.Node) -> str:
+    return str(node.target).removeprefix("aten.").split(".")[0]
 
 
 @rule(aten.slice_scatter, aten.select_scatter)
@@ -232,7 +274,7 @@ def ranked(op: Op) -> Typed | tuple[Typed, ...]:
     op.use(source, dim, "ranked")
     first = op.shapes if op.name == "argsort" else op.shapes[0]
     if op.name != "topk":
-        op.pin(axis, "sorted")
+        op.pin(axis, f"{op.name} gives units places by their values: one that is zero would still have a place")
     op.at_least(axis, op.get("k", 1))
     place = op.pinned(first[dim], "places of a ranking") if len(first) == len(source.axes) else None
     axes = (*source.axes[:dim], *([place] if place is not None else []), *source.axes[dim + 1 :])

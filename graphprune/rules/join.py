@@ -71,7 +71,10 @@ def slice_(op: Op) -> Typed:
     if size == op.length(axis):
         _positions(op, axis, axis)
         return Typed(tuple(axes), op["self"].values)
-    if op.frozen(axis):
+    if op.is_open(dim):
+        op.pin(axis, "sliced where data says")
+        axes[dim] = op.pinned(size, "sliced where data says")
+    elif op.frozen(axis):
         axes[dim] = op.still(size, axis)
     elif step > 1:
         axes[dim] = _strided(op, axis, start, step, size)
@@ -96,12 +99,15 @@ def _from_front(position: int, size: int) -> int:
 
 
 def _strided(op: Op, axis: Expression, start: int, step: int, size: int) -> Expression:
-    if op.length(axis) != size * step:
+    """One position of each of the first groups of ``step``: a group can go."""
+    if start >= step or op.length(axis) < size * step:
         op.pin(axis, f"sliced in steps of {step}")
         return op.still(size, axis)
     (group,) = op.fresh((size,))
-    op.equal(axis, op.product(group, op.pinned(step, f"sliced in steps of {step}")))
+    op.equal(op.cut(axis, size * step)[0], op.product(group, op.pinned(step, f"sliced in steps of {step}")))
     op.constant("start", start)
+    if op.get("end") is not None:
+        op.position("end", axis)
     return group
 
 

@@ -26,10 +26,13 @@ def flatten(op: Op) -> Typed:
 
 @rule(aten.view_as, aten.reshape_as)
 def view_as(op: Op) -> Typed:
-    """A view whose shape is another tensor's."""
+    """A view whose shape is another tensor's: another shape than that may be right once units are gone."""
     axes = _viewed(op, op["self"].axes, op.shape)
-    for axis, other in zip(axes, op["other"].axes, strict=True):
-        op.equal(axis, other)
+    if all(isinstance(size, int) for size in op.node.meta["val"].shape):
+        op.literal("shape", list(axes), becomes=aten.reshape.default)
+    else:
+        for axis, other in zip(axes, op["other"].axes, strict=True):
+            op.equal(axis, other)
     return Typed(axes, op["self"].values)
 
 
@@ -43,14 +46,18 @@ def unflatten(op: Op) -> Typed:
 
 
 def _viewed(op: Op, axes: Sequence[Expression], shape: tuple[int, ...]) -> tuple[Expression, ...]:
-    """The axes of ``shape``: dimensions that kept their size are kept, others regroup within common boundaries."""
+    """The axes of ``shape``: dimensions that kept their size are kept, others regroup within common boundaries.
+
+    Where they have no common layout with what they are made of, that is frozen, and they can only be chosen from.
+    """
     out: list[Expression] = []
     for block, sizes in _blocks(axes, shape):
         if len(block) == len(sizes) == 1:
             out += block
         else:
             fresh = op.fresh(sizes)
-            op.equal(op.product(*block), op.product(*fresh))
+            if not op.equal(op.product(*block), op.product(*fresh)):
+                op.choose(range(len(out), len(out) + len(fresh)))
             out += fresh
     return tuple(out)
 
@@ -180,6 +187,17 @@ def roll(op: Op) -> Typed:
     return Typed(tuple(axes))
 
 
+MOVING = {
+    "flip": "flip puts each position in the place of the one opposite: a unit cannot go without that",
+    "roll": "roll moves positions over the end: which units meet changes with how many there are",
+    "tril": "tril keeps or drops an entry by its position",
+    "triu": "triu keeps or drops an entry by its position",
+    "cumprod": "cumprod multiplies all that come before: a zero is not nothing",
+    "diff": "diff subtracts neighbours: which are neighbours changes",
+}
+"""Why the units along a dimension cannot go, where an operation depends on their positions."""
+
+
 @rule(
     aten.flip, aten.tril, aten.triu, aten.cumprod, aten.rot90, aten.fft_fft, aten.fft_ifft, aten.fft_rfft, aten.fft_irfft,
     aten.fft_hfft, aten.fft_ihfft, aten.fft_fft2, aten.fft_ifft2, aten.fft_rfft2, aten.fft_irfft2, aten.fft_fftn, aten.fft_ifftn,
@@ -190,7 +208,7 @@ def reordered(op: Op) -> Typed:
     source = op["self"]
     dims = {len(source.axes) - 1, len(source.axes) - 2} if op.name in ("tril", "triu") else _moving(op, source)
     for dim in dims:
-        op.pin(source.axes[dim], f"{op.name} depends on positions")
+        op.pin(source.axes[dim], MOVING.get(op.name, f"{op.name}: every position depends on which the others are"))
     return Typed(tuple(op.pinned(op.shape[d], "reordered") if d in dims else a for d, a in enumerate(source.axes)))
 
 

@@ -73,6 +73,7 @@ class Op:
         self.literals: list[Literal] = []
         self.limits: list[tuple[Expression, int]] = []
         self.understood: list[Expression] = []
+        self.chosen: list[int] = []
         self.becomes: Any = None
 
     def __getitem__(self, name: str) -> Any:
@@ -116,9 +117,13 @@ class Op:
         """Axes nothing is known about yet."""
         return tuple(self.solver.fresh(size) for size in shape)
 
-    def equal(self, one: Expression, other: Expression) -> None:
-        """The two axes are the same axis."""
-        self.solver.unify(one, other, Reason("these are one axis", self.node))
+    def equal(self, one: Expression, other: Expression) -> bool:
+        """The two axes are the same axis. Returns whether that can be; else both are frozen."""
+        return self.solver.unify(one, other, Reason("these are one axis", self.node))
+
+    def choose(self, dims: Iterable[int]) -> None:
+        """Of these dimensions of the result, a whole of its own, positions can be dropped without any operand's."""
+        self.chosen += dims
 
     def pinned(self, size: int, what: str) -> Expression:
         """A new axis that cannot shrink."""
@@ -176,6 +181,11 @@ class Op:
         if index.values is not None:
             self.understood.append(index.values)
         return index.values
+
+    def is_open(self, dim: int) -> bool:
+        """Whether data, not the inputs' shapes, says how long a dimension of the result is."""
+        size = self.node.meta["val"].shape[dim]
+        return isinstance(size, torch.SymInt) and size.node.hint is None
 
     def frozen(self, axis: Expression) -> bool:
         """Whether no factor of ``axis`` can shrink."""
