@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 from collections import Counter
 from datetime import date
 from pathlib import Path
@@ -28,13 +29,20 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = read(options.rows)
     limits = Limits(options.seconds, int(options.gigabytes * 2**30))
+    measured = {"date": date.today().isoformat(), "commit": revision()}
     for row in apart(with_module if options.module else stages, chosen(options, rows), options.jobs, limits):
-        rows = read(options.rows) | {(row["family"], row["type"]): row | {"date": date.today().isoformat()}}
+        rows = read(options.rows) | {(row["family"], row["type"]): row | measured}
         print(shown(row), flush=True)
         write(options.rows, rows)
     print(Counter((family, outcome(row)) for (family, _), row in rows.items()))
     if options.report:
         options.report.write_text(document(list(rows.values())))
+
+
+def revision() -> str:
+    """The commit that is measured, marked where files differ from it."""
+    asked = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def chosen(options: argparse.Namespace, rows: Rows) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
@@ -56,10 +56,20 @@ def document(rows: Sequence[Row]) -> str:
     """The whole page."""
     dates = sorted({row["date"] for row in rows})
     when = dates[0] if len(dates) == 1 else f"between {dates[0]} and {dates[-1]}"
-    measured = f"Measured {when}, torch {torch.__version__}, transformers {transformers.__version__}.\n"
+    measured = f"Measured {when}, torch {torch.__version__}, transformers {transformers.__version__}. {revisions(rows)}\n"
     families = [(family, [row for row in rows if row["family"] == family]) for family in FAMILIES]
     parts = [HEAD.format(limit=FROZEN), measured, *summary(families), *failures(rows), *frozen(rows)]
     return "\n".join([*parts, *(line for family, own in families if own for line in table(family, own))]) + "\n"
+
+
+def revisions(rows: Sequence[Row]) -> str:
+    """Which commit was measured; where not all rows are of one, which are of another."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        names[row.get("commit", "unknown")].append(f"{row['family']} {row['type']}")
+    most, *others = sorted(names, key=lambda commit: -len(names[commit]))
+    rest = "".join(f"; of `{commit}`: {', '.join(names[commit])}" for commit in others)
+    return f"{'Rows' if others else 'All rows'} of commit `{most}`{rest}."
 
 
 def summary(families: Sequence[tuple[str, Sequence[Row]]]) -> Iterator[str]:

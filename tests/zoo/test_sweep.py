@@ -18,10 +18,7 @@ TYPES = {
     "image": ("convnext", "data2vec-vision", "detr", "levit", "mobilenet_v2", "regnet", "resnet", "segformer", "swin", "vit"),
     "audio": ("audio-spectrogram-transformer", "sew-d", "speecht5", "wav2vec2", "whisper"),
 }  # fmt: skip
-WITHOUT_HEADS = {
-    ("masked", "longformer"): "its windows are strides over memory, for which there is no rule",
-    ("seq2seq", "prophetnet"): "its predicting stream mixes heads with positions in one view",
-}
+WITHOUT_HEADS = {("seq2seq", "prophetnet"): "its predicting stream mixes heads with positions in one view"}
 PAIRS = [(family, name) for family, names in TYPES.items() for name in names]
 LIMITS = Limits(seconds=240, bytes=4 << 30)
 
