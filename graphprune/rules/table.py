@@ -248,9 +248,15 @@ def find_rule(target: Any) -> RuleFunction | None:
         return None
     name = target._schema.name
     found = RULES.get(name) or (RULES.get(name[:-1]) if is_in_place(target) else None)
-    if found is None and torch.Tag.pointwise in target.tags:
+    if found is None and (torch.Tag.pointwise in target.tags or (is_in_place(target) and _is_elementwise(name[:-1]))):
         return RULES["pointwise"]
     return found
+
+
+def _is_elementwise(name: str) -> bool:
+    """Whether torch tags the functional form so: ``relu6``, where ``relu6_`` has no tag."""
+    packet = getattr(aten, name.removeprefix("aten::"), None)
+    return packet is not None and torch.Tag.pointwise in getattr(packet, packet.overloads()[0]).tags
 
 
 def is_in_place(target: Any) -> bool:
