@@ -141,6 +141,16 @@ row("floor_divide", lambda x, y: x // y, "a b, b -> a b", X(3, 4), U(4))
 row("softsign", F.softsign, "a b -> a b", X(3, 4))
 
 
+def _as_it_is(x: Tensor) -> Tensor:
+    return (x + 1).view_as(x)
+
+
+def _first(x: Tensor, count: Any) -> Tensor:
+    torch._check(count >= 0)
+    torch._check(count <= x.shape[0])
+    return x[:count]
+
+
 def _scaled_view(x: Tensor, y: Tensor) -> Tensor:
     x.view(2, 2, 3).mul_(y)
     return x
@@ -291,6 +301,7 @@ row("flatten all", torch.flatten, "a b -> a*b", X(2, 3))
 row("ravel", torch.ravel, "a b -> a*b", X(2, 3))
 row("view_as", lambda x, y: x.view_as(y), "a b*c, d e f -> a b c", X(2, 12), X(2, 3, 4))
 row("reshape_as", lambda x, y: x.reshape_as(y), "a*b c, d e -> a b*c", X(6, 4), X(2, 12))
+row("view_as what data chose", lambda x, m: _as_it_is(x[m]).sum(0), "4 a, 4 -> a", X(4, 3), B(4))
 row("unflatten", lambda x: x.unflatten(1, (3, 4)), "a b*c -> a b c", X(2, 12))
 row("unflatten negative", lambda x: x.unflatten(-2, (3, -1)), "a b*c d -> a b c d", X(2, 12, 5))
 row("permute", lambda x: x.permute(2, 0, -2), "a b c -> c a b", X(2, 3, 4))
@@ -400,6 +411,7 @@ row("slice steps negative", lambda x: x[:, -7::2], "a b*2 -> a b", X(2, 8))
 row("slice steps uneven", lambda x: x[:, ::2], "a 7 -> a 4", X(2, 7))
 row("slice steps of a part", lambda x: x[:, 1:8:3], "a b*3+c -> a b", X(2, 11))
 row("slice steps late", lambda x: x[:, 2::2], "a 8 -> a 3", X(2, 8))
+row("slice where data says", lambda x, n: _first(x, n.item()).sum(0), "4 a, () -> a", X(4, 3), I(below=4))
 row("slice frozen", lambda x: x.flip(1)[:, 2:6], "a 9 -> a 4", X(2, 9))
 row("narrow", lambda x: x.narrow(1, 2, 4), "a b+c+d -> a c", X(2, 9))
 row("narrow everything", lambda x: x.narrow(1, 0, 9), "a b -> a b", X(2, 9))
@@ -541,6 +553,7 @@ row("masked_scatter of rows", lambda x, m, y: x.masked_scatter(m.unsqueeze(-1).e
     X(3, 4, 5), B(3, 4), X(12, 5))
 row("masked_scatter by a column", lambda x, m, y: x.masked_scatter(m, y), "3 4 a, 3 4 1, 2 6 a -> 3 4 a",
     X(3, 4, 5), B(3, 4, 1), X(2, 6, 5))
+row("masked_scatter of all", lambda x, m, y: x.masked_scatter(m, y), "a b, (), a b -> a b", X(3, 4), B(), X(3, 4))
 row("masked_scatter", lambda x, m, y: x.masked_scatter(m, y), "3 4, 3 4, 12 -> 3 4", X(3, 4), B(3, 4), X(12))
 row("slice_scatter", lambda x, y: x.slice_scatter(y, 1, 2, 4), "a 6 b, a 2 b -> a 6 b", X(2, 6, 3), X(2, 2, 3))
 row("select_scatter", lambda x, y: x.select_scatter(y, 1, 2), "a 6 b, a b -> a 6 b", X(2, 6, 3), X(2, 3))
