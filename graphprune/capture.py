@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from graphprune.axes import Axis, Place
+from graphprune.calls import operation
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.execute import Abreast, tensors_of
 from graphprune.groups import Groups
@@ -211,11 +212,11 @@ def _weights(axes: Axes) -> dict[fx.Node, tuple[str, bool]]:
 
 def _is_turned(node: fx.Node) -> bool:
     """Whether a node is its matrix with rows as columns."""
-    name = getattr(getattr(node.target, "_schema", None), "name", "")
+    name = operation(node)
     given: Any = node.args[1:]
-    if name == "aten::permute":
+    if name == "permute":
         return [dim % 2 for dim in given[0]] == [1, 0]
-    return name in ("aten::t", "aten::numpy_T", "aten::mT") or (name == "aten::transpose" and {dim % 2 for dim in given} == {0, 1})
+    return name in ("t", "numpy_T", "mT") or (name == "transpose" and {dim % 2 for dim in given} == {0, 1})
 
 
 def reading(groups: Groups) -> dict[str, tuple[Consumer, ...]]:

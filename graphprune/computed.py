@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphprune.calls import written
 from graphprune.execute import Walk
-from graphprune.memory import written
 from graphprune.rules import NUMBERED
 from graphprune.trace import Trace
 

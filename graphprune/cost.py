@@ -10,6 +10,7 @@ from math import prod
 from torch import Tensor, fx
 
 from graphprune.axes import Axis, Factor
+from graphprune.calls import operation
 from graphprune.latency import Latency
 from graphprune.propagate import Axes
 
@@ -128,7 +129,7 @@ def _attended(axes: Axes, node: fx.Node) -> list[fx.Node]:
 def _origin(node: fx.Node) -> fx.Node:
     """The smallest value along the way that a value was handed on, the latest of them."""
     least = node
-    while str(node.target).removeprefix("aten.").partition(".")[0] in RELAYING:
+    while operation(node) in RELAYING:
         node = node.all_input_nodes[0]
         least = node if _elements(node) < _elements(least) else least
     return least

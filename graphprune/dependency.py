@@ -15,6 +15,7 @@ import networkx as nx
 from torch import fx
 
 from graphprune.axes import Axis, Factor
+from graphprune.calls import operation
 from graphprune.propagate import Axes, ResolvedUse
 
 MULTIPLICATIVE = ("mul", "div", "matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention", "glu", "addcmul", "outer")
@@ -167,7 +168,7 @@ class _Flow:
         return head
 
     def _join(self, node: fx.Node, flows: Iterable[Vertex], factor: Factor) -> Join:
-        join = Join(node, _operation(node) in MULTIPLICATIVE)
+        join = Join(node, operation(node) in MULTIPLICATIVE)
         for source in flows:
             self._edge(source, join, factor)
         return join
@@ -186,10 +187,6 @@ def _axes_of(value: Any) -> Iterator[tuple[int, Axis]]:
             yield place, part
         else:
             yield from _axes_of(part)
-
-
-def _operation(node: fx.Node) -> str:
-    return str(node.target).removeprefix("aten.").split(".")[0].rstrip("_")
 
 
 # ── the degree rules ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.distributed.tensor import DTensor
 
+from graphprune.calls import is_check, operation
 from graphprune.disk import OnDisk
-from graphprune.known import is_check
 from graphprune.ranks import whole
 from graphprune.trace import Trace
 
@@ -176,7 +176,7 @@ def finish(walk: Walk, nodes: Iterable[fx.Node], dying: Mapping[fx.Node, Sequenc
 
 def is_drawn(node: fx.Node) -> bool:
     """Whether a node's value is drawn at random, whatever its operands are."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name.rstrip("_") in RANDOM
+    return operation(node) in RANDOM
 
 
 def _retyped(value: Any, dtype: torch.dtype | None) -> Any:

@@ -23,6 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from graphprune.calls import is_check
+
 LARGEST = 1 << 24
 """Elements above which a constant is not worth remembering."""
 
@@ -49,8 +51,6 @@ WRITING = re.compile(r"__setitem__|__i(add|sub|mul|truediv|floordiv|and|or|xor|p
 MAKING = ("ones", "zeros", "full", "arange", "tensor", "linspace", "eye", "tril_indices", "triu_indices")
 ALIKE = ("ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full")
 """Factories; the latter read the shape and type of an operand, never its values."""
-
-CHECKS = ("aten::_assert_tensor_metadata", "aten::_assert_async", "aten::_assert_scalar")
 
 NOTHING = object()
 """Where nothing is known; functions that write return None."""
@@ -180,11 +180,6 @@ def without_checks(program: ExportedProgram) -> None:
             for node in filter(is_check, list(region.graph.nodes)):
                 region.graph.erase_node(node)
             region.recompile()
-
-
-def is_check(node: fx.Node) -> bool:
-    """Whether a node only asserts something about its operand."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in CHECKS
 
 
 def _is_words(x: Tensor) -> bool:

@@ -16,14 +16,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphprune.axes import Axis, Keep
+from graphprune.calls import PASSING, given_arguments, operation
 from graphprune.disk import put
 from graphprune.execute import Abreast
 from graphprune.matrices import Contracted, Product, products
 from graphprune.propagate import Axes
 from graphprune.rewrite.graph import cut, resized_graph
-
-PASSING = ("dropout", "alias", "clone", "contiguous", "detach", "to", "_to_copy", "identity")
-"""What may stand between a product and the sum its output goes into."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,9 +205,8 @@ class _Pair:
 
     def _bias(self, product: Product) -> str | None:
         """The name of the bias that is added inside the product's own operation."""
-        schema = [argument.name for argument in product.node.target._schema.arguments]  # type: ignore[union-attr]
-        given = dict(zip(schema, product.node.args, strict=False)) | dict(product.node.kwargs)
-        found = given.get("bias", given.get("self") if "mat1" in schema else None)
+        given = given_arguments(product.node)
+        found = given.get("bias", given.get("self") if "mat1" in given else None)
         traced = self.axes.trace.tensors.get(found.name) if isinstance(found, fx.Node) else None
         return traced.name if traced is not None and isinstance(found, fx.Node) and len(found.users) == 1 else None
 
@@ -224,12 +221,12 @@ class _Pair:
         while len(here.users) == 1:
             user = next(iter(here.users))
             others = [operand for operand in user.all_input_nodes if operand is not here]
-            if _operation(user) == "add" and others and all(self._is_weight(operand) for operand in others):
+            if operation(user) == "add" and others and all(self._is_weight(operand) for operand in others):
                 here = user
                 continue
-            if _operation(user) == "add" and len(others) == 1 and self.place[others[0]] < self.place[node]:
+            if operation(user) == "add" and len(others) == 1 and self.place[others[0]] < self.place[node]:
                 return (user, others[0]) if self._comparable(others[0], node) else None
-            if _operation(user) not in PASSING:
+            if operation(user) not in PASSING:
                 return None
             here = user
         return None
@@ -247,7 +244,3 @@ def _outputs(value: Tensor, product: Product) -> Tensor:
     """An output-shaped value as (positions, rows)."""
     dim = -1 if isinstance(product.layout, Contracted) else 1
     return value.movedim(dim, -1).flatten(0, -2)
-
-
-def _operation(node: fx.Node) -> str:
-    return str(node.target).removeprefix("aten.").split(".")[0].rstrip("_")

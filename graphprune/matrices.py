@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.nn.functional import pad
 
+from graphprune.calls import all_arguments, operation
 from graphprune.capture import consumers
 from graphprune.propagate import Axes
 
@@ -152,11 +153,9 @@ def _routed(axes: Axes) -> list[Product]:
 
 def _convolution(node: fx.Node) -> Mapping[str, Any] | None:
     """The arguments of an ordinary convolution by name; None for anything else, transposed ones included."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or schema.name not in ("aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::convolution"):
+    if operation(node) not in ("conv1d", "conv2d", "conv3d", "convolution"):
         return None
-    names = [argument.name for argument in schema.arguments]
-    given = {a.name: a.default_value for a in schema.arguments} | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    given = all_arguments(node)
     return None if given.get("transposed") else given
 
 

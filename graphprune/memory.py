@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
-
-def written(node: fx.Node) -> list[fx.Node]:
-    """The operands an operation writes to, as its schema says: ``self`` of ``add_``, ``out`` of ``mm.out``, whole lists."""
-    return [operand for argument, operand in _operands(node) if argument.is_write]
+from graphprune.calls import operands, written
 
 
 def lent(graph: fx.Graph) -> frozenset[str]:
@@ -36,18 +31,7 @@ def _shared(node: fx.Node) -> list[fx.Node]:
     """The operands whose memory the result may be."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return node.all_input_nodes
-    return [operand for argument, operand in _operands(node) if argument.alias_info is not None]
-
-
-def _operands(node: fx.Node) -> Iterator[tuple[Any, fx.Node]]:
-    """Each operand with the schema's argument that it is, or is a part of."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        schema = node.target._schema.arguments
-        given = dict(zip((argument.name for argument in schema), node.args, strict=False)) | dict(node.kwargs)
-        for argument in schema:
-            for value in pytree.tree_leaves(given.get(argument.name)):
-                if isinstance(value, fx.Node):
-                    yield argument, value
+    return [operand for argument, operand in operands(node) if argument.shared]
 
 
 @contextmanager

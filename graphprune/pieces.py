@@ -17,10 +17,10 @@ import networkx as nx
 from torch import Tensor, fx
 
 from graphprune.axes import Factor, Keep, Place
+from graphprune.calls import is_check
 from graphprune.dependency import useless
 from graphprune.errors import ModelLimit, UserMistake, nearest
 from graphprune.groups import Frozen, Group, Groups, Member
-from graphprune.known import is_check
 from graphprune.propagate import Axes, source_line
 from graphprune.unify import Reason
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -13,10 +13,11 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from graphprune.axes import Axis, Factor
+from graphprune.calls import all_arguments, operation, written
 from graphprune.computed import computed
 from graphprune.errors import RuleBug
-from graphprune.memory import rewritten, written
-from graphprune.rules import Literal, Op, Typed, Use, find_rule
+from graphprune.memory import rewritten
+from graphprune.rules import Literal, Op, Typed, Use, find_rule, is_open
 from graphprune.trace import Trace
 from graphprune.unify import Conflict, Expression, Link, Reason, Solver, resolve
 
@@ -98,11 +99,15 @@ class _Walk:
         self.origins: dict[tuple[str, int], int] = {}
         self.active: set[fx.Node] = set()
         self.computed = computed(trace)
-        self.rewritten = rewritten(trace.graph)
         self.uses: list[Use] = []
         self.literals: dict[fx.Node, tuple[list[Literal], Any]] = {}
         self.limits: list[tuple[Expression, int, Reason]] = []
         self.chosen: dict[fx.Node, tuple[int, ...]] = {}
+
+    @cached_property
+    def rewritten(self) -> frozenset[fx.Node]:
+        """Values whose memory is written to."""
+        return rewritten(self.trace.graph)
 
     def visit(self, node: fx.Node) -> None:
         if self._depends_on_inputs(node):
@@ -116,7 +121,7 @@ class _Walk:
 
     def _depends_on_inputs(self, node: fx.Node) -> bool:
         """Whether a value is an activation. Weights chosen by index (an expert's) are weights all the same."""
-        if _operation(node) in CHOOSING and node.args[0] not in self.active:
+        if operation(node) in CHOOSING and node.args[0] not in self.active:
             return False
         return any(operand in self.active for operand in node.all_input_nodes) or node.name in self.trace.inputs
 
@@ -194,10 +199,7 @@ class _Walk:
 
     def _arguments(self, node: fx.Node) -> dict[str, Any]:
         """Arguments by schema name, defaults filled in, nodes replaced by what they stand for."""
-        schema = node.target._schema.arguments  # type: ignore[union-attr]
-        given = dict(zip((argument.name for argument in schema), node.args, strict=False)) | dict(node.kwargs)
-        values = {argument.name: given.get(argument.name, argument.default_value) for argument in schema}
-        return {name: _replace(value, self._value) for name, value in values.items()}
+        return {name: _replace(value, self._value) for name, value in all_arguments(node).items()}
 
     def _value(self, node: fx.Node) -> Any:
         value = self.values.get(node)
@@ -286,10 +288,6 @@ class _Walk:
         return least
 
 
-def _operation(node: fx.Node) -> str:
-    return str(getattr(node.target, "_schema", None) and node.target._schema.name).rpartition("::")[2]  # type: ignore[union-attr]
-
-
 def source_line(node: fx.Node) -> str:
     """The model's own source line behind a node: ``modeling_x.py:41  q = self.q(x)``."""
     frames = (node.meta.get("stack_trace") or "").strip().split('File "')[1:]
@@ -358,15 +356,18 @@ def _number(value: Any) -> Any:
 
 def _depends_on_data(node: fx.Node) -> bool:
     """Whether a size that no input shape determines takes part."""
-    values = [part for each in (node, *node.all_input_nodes) for part in pytree.tree_leaves(each.meta.get("val"))]
-    sizes = [size for value in values for size in (value.shape if isinstance(value, Tensor) else [value])]
-    return any(isinstance(size, torch.SymInt) and size.node.hint is None for size in sizes)
+    return any(map(is_open, (size for value in _around(node) for size in (value.shape if isinstance(value, Tensor) else [value]))))
 
 
 def _is_empty(node: fx.Node) -> bool:
     """Whether a tensor without elements takes part."""
-    values = [part for each in (node, *node.all_input_nodes) for part in pytree.tree_leaves(each.meta.get("val"))]
-    return any(isinstance(value, Tensor) and 0 in value.shape for value in values)
+    return any(isinstance(value, Tensor) and 0 in value.shape for value in _around(node))
+
+
+def _around(node: fx.Node) -> Iterator[Any]:
+    """What a call gives and what it is given, one by one."""
+    for each in (node, *node.all_input_nodes):
+        yield from pytree.tree_leaves(each.meta.get("val"))
 
 
 def _replace(value: Any, lookup: Any) -> Any:

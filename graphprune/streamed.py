@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from graphprune.axes import Keep
+from graphprune.calls import all_arguments
 from graphprune.compiler import narrow, seeded, stock_steps, traced, with_extras
 from graphprune.data import Calibration
 from graphprune.disk import Checkpoint, OnDisk, given_back
@@ -196,26 +197,22 @@ def same_program(one: fx.Graph, other: fx.Graph) -> bool:
     twins: dict[fx.Node, fx.Node] = {}
     for node, twin in zip(one.nodes, other.nodes, strict=True):
         twins[node] = twin
-        if node.op != twin.op or (node.op == "call_function" and _operation(node) is not _operation(twin)):
+        if node.op != twin.op or (node.op == "call_function" and _called(node) is not _called(twin)):
             return False
         if _arguments(node, twins) != _arguments(twin):
             return False
     return True
 
 
-def _operation(node: fx.Node) -> Any:
+def _called(node: fx.Node) -> Any:
     """What a node calls; a reshape that need not copy is a view."""
     return torch.ops.aten.view.default if node.target is torch.ops.aten.reshape.default else node.target
 
 
 def _arguments(node: fx.Node, twins: Mapping[fx.Node, fx.Node] | None = None) -> str:
     """Arguments by name, defaults filled in, as text; operands under their twins' names."""
-    args, kwargs = (node.args, node.kwargs) if twins is None else fx.map_arg((node.args, node.kwargs), twins.__getitem__)
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return repr((args, kwargs))
-    given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | dict(kwargs)
-    return repr([given.get(argument.name, argument.default_value) for argument in schema.arguments])
+    given: Any = list(all_arguments(node).values()) or (node.args, node.kwargs)
+    return repr(given if twins is None else fx.map_arg(given, twins.__getitem__))
 
 
 def _same_constants(one: Trace, other: Trace) -> bool:

@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from graphprune.axes import Axis, Keep
+from graphprune.calls import given_arguments, is_check, schema
 from graphprune.computed import evaluated
-from graphprune.known import is_check
 from graphprune.propagate import Axes
 from graphprune.rules import Literal
 from graphprune.trace import Trace
@@ -137,7 +137,7 @@ def _follow(axes: Axes, node: fx.Node, copy: fx.Node, keep: Keep) -> None:
     if node not in axes.literals:
         return
     literals, becomes = axes.literals[node]
-    arguments = _bound(node.target, copy)
+    arguments = given_arguments(copy, node.target)
     changed = {lit.name: new for lit in literals if (new := _followed(axes, node, lit, arguments, keep)) is not None}
     if not changed:
         return
@@ -146,8 +146,7 @@ def _follow(axes: Axes, node: fx.Node, copy: fx.Node, keep: Keep) -> None:
             changed[literal.name] = _open_sizes(copy, changed[literal.name], literal.axes, keep)
     arguments |= changed
     copy.target = becomes or node.target
-    wanted = [argument.name for argument in copy.target._schema.arguments]  # type: ignore[union-attr]
-    copy.args, copy.kwargs = (), {name: arguments[name] for name in wanted if name in arguments}
+    copy.args, copy.kwargs = (), {one.name: arguments[one.name] for one in schema(copy.target) if one.name in arguments}
     _positional(copy)
 
 
@@ -167,7 +166,7 @@ def _scaled(graph: fx.Graph, size: fx.Node, new: int, old: int) -> fx.Node:
 
 def new_literals(axes: Axes, node: fx.Node, keep: Keep) -> Iterator[tuple[Any, Any]]:
     """Each literal size of ``node`` that changes, before and after; lists give their changed entries."""
-    arguments = _bound(node.target, node)
+    arguments = given_arguments(node)
     for literal in axes.literals[node][0]:
         before, after = arguments.get(literal.name), _followed(axes, node, literal, arguments, keep)
         if after is None or literal.meaning == "constant":
@@ -182,7 +181,7 @@ def new_literals(axes: Axes, node: fx.Node, keep: Keep) -> Iterator[tuple[Any, A
 
 def spoken(axes: Axes, node: fx.Node) -> Iterator[int]:
     """Every size and position that ``node`` is told, changed or not."""
-    arguments = _bound(node.target, node)
+    arguments = given_arguments(node)
     for literal in axes.literals[node][0]:
         told = arguments.get(literal.name)
         yield from (number for number in (told if isinstance(told, list | tuple) else [told]) if isinstance(number, int))
@@ -190,18 +189,12 @@ def spoken(axes: Axes, node: fx.Node) -> Iterator[int]:
         yield from (axis.size for axis in meant)
 
 
-def _bound(target: Any, node: fx.Node) -> dict[str, Any]:
-    names = [argument.name for argument in target._schema.arguments]
-    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-
-
 def _positional(node: fx.Node) -> None:
     """Arguments named ``self`` cannot be keywords of an fx call; leading arguments go by position."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
     args: list[Any] = []
     kwargs = dict(node.kwargs)
-    for argument in schema:
-        if argument.kwarg_only or argument.name not in kwargs:
+    for argument in schema(node.target):
+        if argument.by_name or argument.name not in kwargs:
             break
         args.append(kwargs.pop(argument.name))
     node.args, node.kwargs = tuple(args), kwargs

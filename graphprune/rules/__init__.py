@@ -2,7 +2,7 @@
 
 from graphprune.rules import contract, conv, create, index, join, norm, pointwise, recurrent, reduce, shape
 from graphprune.rules.create import NUMBERED
-from graphprune.rules.table import RULES, Literal, Op, Typed, Use, find_rule, is_in_place, rule
+from graphprune.rules.table import RULES, Literal, Op, Typed, Use, find_rule, is_in_place, is_open, rule
 
 __all__ = [
     "NUMBERED",
@@ -17,6 +17,7 @@ __all__ = [
     "find_rule",
     "index",
     "is_in_place",
+    "is_open",
     "join",
     "norm",
     "pointwise",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphprune.known import is_check
+from graphprune.calls import PASSING, is_check, operation
 from graphprune.rules.table import Op, Typed, aten, rule
 from graphprune.unify import ONE, Conflict, Expression
 
@@ -227,14 +227,10 @@ def _rows(op: Op, source: Sequence[Expression], written: Sequence[Expression]) -
 
 def _unstretched(node: Any) -> tuple[Any, ...]:
     """The shape of a tensor before it was stretched."""
-    while _operation(node) in ("to", "_to_copy", "clone", "contiguous", "alias", "detach"):
+    while operation(node) in PASSING:
         node = node.args[0]
-    node = node.args[0] if _operation(node) in ("expand", "expand_as", "broadcast_to") else node
+    node = node.args[0] if operation(node) in ("expand", "expand_as", "broadcast_to") else node
     return tuple(node.meta["val"].shape)
-
-
-def _operation(node: fx.Node) -> str:
-    return str(node.target).removeprefix("aten.").split(".")[0]
 
 
 @rule(aten.slice_scatter, aten.select_scatter)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx
 
+from graphprune.calls import operation
 from graphprune.unify import ONE, Expression, Reason, Solver, leaves, length
 
 aten = torch.ops.aten
@@ -87,7 +88,7 @@ class Op:
     @property
     def name(self) -> str:
         """The operation's bare name: ``linear``."""
-        return str(self.node.target._schema.name).rpartition("::")[2].rstrip("_")  # type: ignore[union-attr]
+        return operation(self.node)
 
     @property
     def tensors(self) -> list[Typed]:
@@ -184,8 +185,7 @@ class Op:
 
     def is_open(self, dim: int) -> bool:
         """Whether data, not the inputs' shapes, says how long a dimension of the result is."""
-        size = self.node.meta["val"].shape[dim]
-        return isinstance(size, torch.SymInt) and size.node.hint is None
+        return is_open(self.node.meta["val"].shape[dim])
 
     def frozen(self, axis: Expression) -> bool:
         """Whether no factor of ``axis`` can shrink."""
@@ -231,15 +231,20 @@ RULES: dict[str, RuleFunction] = {}
 """Every rule by the qualified name of the operation (``aten::linear``)."""
 
 
-def rule(*operations: Any) -> Callable[[Rule], Rule]:
+def rule(*packets: Any) -> Callable[[Rule], Rule]:
     """Register a function as the rule of the given operations (overload packets, every overload of them)."""
 
     def register(function: Rule) -> Rule:
-        for operation in operations:
-            RULES[operation._qualified_op_name] = function
+        for packet in packets:
+            RULES[packet._qualified_op_name] = function
         return function
 
     return register
+
+
+def is_open(size: Any) -> bool:
+    """Whether data, not the inputs' shapes, says what a traced number is."""
+    return isinstance(size, torch.SymInt) and size.node.hint is None
 
 
 def find_rule(target: Any) -> RuleFunction | None:
