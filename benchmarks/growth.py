@@ -21,8 +21,8 @@ from graphprune.passes.random import random
 from transformers import LlamaConfig
 
 import graphprune
-from graphprune.compiler import narrow, stock_steps
 from graphprune.facts import Emission, Notes
+from graphprune.narrow import narrow, stock_steps
 
 SIZES = {"70b": (80, 8192, 28672, 64, 8), "405b": (126, 16384, 53248, 128, 8)}
 

@@ -16,12 +16,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from graphprune.axes import Keep
 from graphprune.calls import all_arguments
-from graphprune.compiler import narrow, seeded, stock_steps, traced, with_extras
+from graphprune.compiler import seeded, traced, with_extras
 from graphprune.data import Calibration
 from graphprune.disk import Checkpoint, OnDisk, given_back
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.facts import Emission, Example, Notes, Pruned
 from graphprune.groups import Groups, couple
+from graphprune.narrow import narrow, stock_steps
 from graphprune.pipeline import Pass, Progress, find_pass, run
 from graphprune.plan import Plan
 from graphprune.propagate import Axes, propagate

@@ -1,0 +1,94 @@
+"""Groups and a budget in, the groups that the budget ranges over out, with sizes rounded to what a stock config accepts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import gcd
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from graphprune.axes import Keep
+from graphprune.errors import ModelLimit
+from graphprune.facts import Emission, Notes
+from graphprune.groups import Groups
+from graphprune.rewrite.stock import each_obviously_expressible, expressible, obviously_expressible
+from graphprune.select import Budget, allowed_kinds, for_kind
+
+TRIED_STEPS = 8
+"""How many roundings are tried to find sizes a config accepts."""
+
+
+def narrow(model: nn.Module, groups: Groups, budget: Budget, emission: Emission, notes: Notes) -> Groups:
+    """Only the groups the budget ranges over; by default none that would cost the stock config, or that no module computes."""
+    kinds = allowed_kinds(groups, budget.kinds)
+    if emission.emit == "module" and budget.kinds is None:
+        groups = _without_recomputed(groups, notes)
+        kinds = tuple(kind for kind in kinds if kind in groups.kinds)
+    if isinstance(model, PreTrainedModel) and emission.emit == "module" and budget.alike and budget.kinds is None:
+        obstacles = {kind: _not_stock(model, groups, kind, budget) for kind in kinds}
+        spared = [kind for kind, why in obstacles.items() if why]
+        if len(spared) < len(kinds):
+            notes.lines.extend(f"{kind} groups are left alone: {obstacles[kind]}" for kind in spared)
+            kinds = tuple(kind for kind in kinds if kind not in spared)
+    return replace(groups, groups=tuple(group for group in groups if group.kind in kinds))
+
+
+def _without_recomputed(groups: Groups, notes: Notes) -> Groups:
+    anew = [group for group in groups if group.factor in groups.axes.recomputed()]
+    notes.lines.extend(f'{g.name} is left alone: the forward computes a constant over it; emit="graph" slices that' for g in anew)
+    return replace(groups, groups=tuple(group for group in groups if group not in anew))
+
+
+def stock_steps(model: nn.Module, groups: Groups, budget: Budget, emission: Emission) -> Budget:
+    """The budget with each kind's sizes rounded to multiples that the config accepts (a width that heads must divide, say)."""
+    if not isinstance(model, PreTrainedModel) or emission.emit != "module" or not budget.alike:
+        return budget
+    steps = {}
+    tried = {kind: _steps(groups, kind, for_kind(budget.round_to, kind)) for kind in groups.kinds}
+    first = [_one_less(groups, kind, sizes[0], budget) for kind, sizes in tried.items()]
+    every = each_obviously_expressible(model, groups.axes, [keep for keep in first if keep])
+    for kind, sizes in tried.items():
+        step = sizes[0] if every else _step(model, groups, kind, sizes, budget)
+        if step > 1 or isinstance(budget.round_to, int):
+            steps[kind] = step
+    return replace(budget, round_to=steps)
+
+
+def _step(model: PreTrainedModel, groups: Groups, kind: str, tried: Sequence[int], budget: Budget) -> int:
+    """The first multiple that the config accepts, what was asked for where it accepts none."""
+    clear = (step for step in tried if obviously_expressible(model, groups.axes, _one_less(groups, kind, step, budget)))
+    return next(clear, 0) or next((step for step in tried if not _refused(model, groups, kind, step, budget)), tried[0])
+
+
+def _steps(groups: Groups, kind: str, asked: int) -> list[int]:
+    """Multiples of the asked rounding that divide the sizes of a kind, small ones first."""
+    size = gcd(*(group.size for group in groups if group.kind == kind))
+    return [asked, *(step for step in range(2, size) if size % step == 0 and step % asked == 0)][:TRIED_STEPS]
+
+
+def _not_stock(model: PreTrainedModel, groups: Groups, kind: str, budget: Budget) -> str | None:
+    """Why a config can express no smaller size of a kind, None where it can."""
+    first = ""
+    for step in _steps(groups, kind, for_kind(budget.round_to, kind)):
+        obstacle = _refused(model, groups, kind, step, budget)
+        if obstacle is None:
+            return None
+        first = first or obstacle
+    return first or None
+
+
+def _refused(model: PreTrainedModel, groups: Groups, kind: str, step: int, budget: Budget) -> str | None:
+    """Why no config expresses all groups of a kind one step smaller."""
+    try:
+        expressible(model, groups.axes, _one_less(groups, kind, step, budget))
+    except ModelLimit as limit:
+        return limit.what
+    return None
+
+
+def _one_less(groups: Groups, kind: str, step: int, budget: Budget) -> Keep:
+    """All groups of a kind one step smaller."""
+    free = [group for group in groups if group.kind == kind and not group.touches(budget.protect) and group.size > step]
+    return {group.factor: range(group.size - step) for group in free}
