@@ -31,7 +31,7 @@ from graphprune.cost import parameters
 from graphprune.data import read_texts
 from graphprune.default import REPAIR
 from graphprune.evaluate import perplexity
-from graphprune.facts import Emission, Example
+from graphprune.facts import Emission, Example, Notes
 from graphprune.pipeline import Facts, Pass, find_pass, run
 from graphprune.source import find_smollm2
 
@@ -89,7 +89,8 @@ STEPS = (
     Row("+ every weight, towards the original's stream", "obs", (ALL,), before=ENDS, mix="both"),
     Row("+ widths by the errors", "obs", (ALL,), scope="global", mix="both"),
     Row("+ heads", "obs", (ALL,), scope="global", kinds=("head", "ffn"), mix="both"),
-    Row("the default", "obs", (REPAIR,), before=MEASURED, scope="global", kinds=("head", "ffn"), mix="both"),
+    Row("the default but for its last repair", "obs", REPAIR[:-1], before=MEASURED, scope="global", kinds=("head", "ffn"), mix="both"),
+    Row("the default", "obs", REPAIR, before=MEASURED, scope="global", kinds=("head", "ffn"), mix="both"),
 )
 ALIKE = (
     Row("first-order Taylor, layers alike", "taylor", alike=True),
@@ -147,7 +148,7 @@ class Bench:
         budget = Budget(self.share(groups, keep), scope=row.scope, kinds=row.kinds, alike=row.alike)
         return {
             nn.Module: self.model, Groups: groups, Calibration: calibration, Budget: budget,
-            Example: Example(calibration.inputs[0]), Emission: Emission(verify=self.args.verify),
+            Example: Example(calibration.inputs[0]), Emission: Emission(verify=self.args.verify), Notes: Notes([]),
         }  # fmt: skip
 
     def share(self, groups: Groups, keep: float) -> float:

@@ -47,12 +47,19 @@ class Feed(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Keyword inputs of the model, a mapping a batch; where they come from; hashes of the lines of text used."""
+    """Keyword inputs of the model, a mapping a batch; where they come from; hashes of the lines of text used; which batches, by
+    number, the model wrote itself."""
 
     inputs: tuple[Mapping[str, Tensor], ...]
     source: str
     seed: int = 0
     lines: frozenset[str] = frozenset()
+    written: frozenset[int] = frozenset()
+
+    @property
+    def given(self) -> tuple[Mapping[str, Tensor], ...]:
+        """The inputs that the model did not write itself; all of them where it wrote all."""
+        return tuple(row for i, row in enumerate(self.inputs) if i not in self.written) or self.inputs
 
     @property
     def batches(self) -> tuple[Tensor, ...]:
@@ -93,7 +100,8 @@ def calibrate(
         return _random_inputs(source, samples, batch, seed)
     rows, texts = _rows(spec, source, samples, length, seed)
     inputs = tuple(_as_inputs(source, ids) for ids in torch.split(rows, batch))
-    return Calibration(inputs, spec, seed, frozenset(_line_hashes(texts)))
+    own = frozenset(range(len(inputs))) if spec == "self" else frozenset()
+    return Calibration(inputs, spec, seed, frozenset(_line_hashes(texts)), own)
 
 
 def read_texts(spec: str) -> list[str]:
@@ -179,10 +187,11 @@ def _check_sizes(source: Feed, **sizes: int) -> None:
 
 def mixed(*parts: Calibration) -> Calibration:
     """Their batches in turn."""
-    turns = zip_longest(*(part.inputs for part in parts))
-    inputs = tuple(batch for turn in turns for batch in turn if batch is not None)
-    source = "+".join(part.source for part in parts)
-    return Calibration(inputs, source, parts[0].seed, frozenset().union(*(part.lines for part in parts)))
+    marked = ([(batch, i in part.written) for i, batch in enumerate(part.inputs)] for part in parts)
+    turns = [batch for turn in zip_longest(*marked) for batch in turn if batch is not None]
+    own = frozenset(i for i, (_, own) in enumerate(turns) if own)
+    lines = frozenset().union(*(part.lines for part in parts))
+    return Calibration(tuple(batch for batch, _ in turns), "+".join(part.source for part in parts), parts[0].seed, lines, own)
 
 
 def _parts(spec: str) -> list[str]:

@@ -27,8 +27,8 @@ class Default:
 
 
 PLAIN = Default("magnitude")
-REPAIR = "least_squares:drift=0.5:damping=1"
-CALIBRATED = Default("obs", "global", ("self_written", "sensitivity", REPAIR), samples=32, length=512)
+REPAIR = ("least_squares:drift=0.5:damping=1", "newton:steps=2")
+CALIBRATED = Default("obs", "global", ("self_written", "sensitivity", *REPAIR), samples=32, length=512)
 INFLUENCE = Default("short_gpt")
 
 

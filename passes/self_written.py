@@ -22,5 +22,5 @@ def self_written(model: nn.Module, calibration: Calibration, *, most: int = 32) 
     """The calibration with the model's own sequences among it. Raises UserMistake for a model that writes no text."""
     given = calibration.batches
     own = written(model, model.config, min(most, sum(map(len, given))), given[0].shape[1], calibration.seed)
-    batches = islice(torch.split(own, len(given[0])), len(given))
-    return mixed(calibration, Calibration(tuple({"input_ids": batch} for batch in batches), "self", calibration.seed))
+    batches = tuple({"input_ids": batch} for batch in islice(torch.split(own, len(given[0])), len(given)))
+    return mixed(calibration, Calibration(batches, "self", calibration.seed, written=frozenset(range(len(batches)))))

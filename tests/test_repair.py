@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 import graphprune
 from graphprune import Calibration, Result
+from graphprune.data import mixed
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.normal import add_square, packed
 
@@ -240,10 +242,98 @@ def test_damping_never_fails() -> None:
     assert change.isfinite().all() and solve(x.T @ x, torch.zeros(2, 9, dtype=torch.float64), 0.0).abs().max() == 0
 
 
-@pytest.mark.parametrize("setting", ["given=never", "drift=2", "where=nowhere"])
+REFUSED = [
+    "least_squares:given=never",
+    "least_squares:drift=2",
+    "least_squares:where=nowhere",
+    "newton:steps=0",
+    "newton:damping=-1",
+]
+
+
+@pytest.mark.parametrize("setting", REFUSED)
 def test_unknown_choices_are_mistakes(llama: Any, calibration: Calibration, setting: str) -> None:
     with pytest.raises(UserMistake, match="cannot be"):
-        pruned(llama, calibration, f"least_squares:{setting}")
+        pruned(llama, calibration, setting)
+
+
+# ── the newton step ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def periodic(count: int, seed: int = 0) -> Calibration:
+    """Text that something can be learnt from: every sequence repeats four tokens."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = torch.randint(0, 53, (count, 4), generator=draw).repeat(1, 4)
+    return Calibration(tuple({"input_ids": pair} for pair in rows.split(2)), "drawn")
+
+
+def vectors(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.ndim == 1}
+
+
+def losses(model: nn.Module, rows: Tensor) -> list[Tensor]:
+    return [cross_entropy(model(row[None]).logits[0, :-1], row[1:]) for row in rows]
+
+
+def stepped(model: nn.Module, rows: Tensor, damping: float) -> dict[str, Tensor]:
+    """The vectors after one step, from the formulae as they are written."""
+    named, predictions = vectors(model), rows.shape[1] - 1
+    each = [torch.autograd.grad(loss, list(named.values())) for loss in losses(model.train(False), rows)]
+    gradients = [torch.stack(rows) for rows in zip(*each, strict=True)]
+
+    def direction(part: slice) -> list[Tensor]:
+        fisher = [predictions * g[part].var(0) for g in gradients]
+        return [-g[part].mean(0) / (f + damping * f.mean()) for g, f in zip(gradients, fisher, strict=True)]
+
+    def size(d: list[Tensor], part: slice) -> Tensor:
+        along = sum(g[part] @ one for g, one in zip(gradients, d, strict=True))
+        return -along.mean() / (predictions * along.var())
+
+    even, odd, every = slice(0, None, 2), slice(1, None, 2), slice(None)
+    length = max(0.0, float(size(direction(even), odd) + size(direction(odd), even)) / 2)
+    return {name: p.detach() + length * d for (name, p), d in zip(named.items(), direction(every), strict=True)}
+
+
+def test_a_newton_step(llama: Any) -> None:
+    text, cut = periodic(20), {"method": "magnitude", "seed": 1}
+    plain, made = (pruned(llama, text, *passes, **cut).model for passes in ((), ("newton:damping=0.2",)))
+    rows = torch.cat([inputs["input_ids"] for inputs in text.inputs])
+    expected = stepped(plain, rows, 0.2)
+    assert sum(losses(made, rows[:8])) < sum(losses(plain, rows[:8]))
+    for name, parameter in made.named_parameters():
+        same(parameter, expected.get(name, plain.get_parameter(name)))
+
+
+def test_newton_steps_share_the_text_and_leave_self_written_alone(llama: Any) -> None:
+    text, more = periodic(32), periodic(8, seed=1)
+    both = mixed(text, replace(more, written=frozenset(range(4))))
+    assert both.given == text.inputs and len(both.inputs) == 20 and more.given == more.inputs
+    two, one = (pruned(llama, both, f"newton:steps={steps}", method="magnitude").model for steps in (2, 1))
+    first = Calibration(tuple({"input_ids": inputs["input_ids"][:1]} for inputs in text.inputs), "every other")
+    half = pruned(llama, first, "newton", method="magnitude").model
+    rows = torch.stack([inputs["input_ids"][1] for inputs in text.inputs])
+    expected = stepped(half, rows, 0.1)
+    for name, parameter in vectors(two).items():
+        same(parameter, expected[name])
+    assert not torch.equal(one.model.norm.weight, two.model.norm.weight)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_newton_step_does_no_harm_where_it_looks(llama: Any, seed: int) -> None:
+    """The first sequences are what the pruned model says itself: whatever the others teach makes it worse there."""
+    plain = pruned(llama, periodic(2), method="magnitude").model
+    own = torch.randint(0, 53, (8, 1), generator=torch.Generator().manual_seed(seed))
+    for _ in range(15):
+        own = torch.cat([own, plain(own).logits[:, -1:].argmax(-1)], 1)
+    text = Calibration(({"input_ids": own}, *periodic(32, seed).inputs), "drawn")
+    made = pruned(llama, text, "newton", method="magnitude").model
+    assert sum(losses(made, own)) <= sum(losses(plain, own))
+
+
+def test_too_little_text_for_a_newton_step_is_said(llama: Any, calibration: Calibration) -> None:
+    result, plain = pruned(llama, calibration, "newton"), pruned(llama, calibration)
+    assert any("6 sequences of text are too few" in note for note in result.notes)
+    assert all(torch.equal(a, b) for a, b in zip(result.model.parameters(), plain.model.parameters(), strict=True))
 
 
 # ── the surgeon ──────────────────────────────────────────────────────────────────────────────────────────────────────

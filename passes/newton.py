@@ -1,0 +1,116 @@
+"""Newton step: the gains of the norms, and the biases, moved to where the curvature of the loss puts its minimum.
+
+After a cut and its repair the vectors of a model are few and touch everything: for them one step of natural gradient (Amari, Neural
+Computation 10, 1998) with the diagonal of the Fisher information can be had from one pass over the text. Tuning only them after
+compression is the idea of Norm Tweaking (Li et al., arXiv 2309.02784), which does it layer by layer with many small steps. With
+G_s the gradient (numbers,) of the mean loss of sequence s, T its predictions, g the mean of G_s over sequences and λ ``damping``::
+
+    F = T · var_s(G_s)        d = −g / (F + λ · mean(F of the vector))        η = −g·d / (T · var_s(G_s·d))        w′ = w + η · d
+
+d is blind to how the vectors work together; η is the minimum along d with all of that in it. It is found on the half of the
+sequences (even, odd) that a direction did not come from, and is 0 where nothing carries over. Only given text is read: what
+the model wrote itself it already predicts. Where the loss on the first sequences rises all the same, the step is halved. Cost:
+one forward and backward pass, no gradients of matrices.
+``graphprune.compile(model, method="obs", calibration=c, passes=["least_squares", "newton"])``
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphprune import Calibration, Pruned, see_gradients
+from graphprune.capture import language_loss, one_by_one
+from graphprune.data import inference
+from graphprune.disk import put
+from graphprune.errors import UserMistake
+from graphprune.facts import Notes
+from graphprune.ranks import dealt, summed, whole
+
+FEWEST = 16
+"""Sequences below which variances over their halves say too little."""
+
+TRIED = 8
+"""Sequences on which a step must not do harm."""
+
+HALVINGS = 4
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def newton(pruned: Pruned, calibration: Calibration, notes: Notes, *, steps: int = 1, damping: float = 0.1) -> Pruned:
+    """The pruned model with other gains and biases. The text is shared out over the ``steps``, 16 sequences each at the least.
+
+    Less text than that changes nothing, which the notes say. Raises UserMistake unless ``steps ≥ 1, damping ≥ 0``, ModelLimit where
+    no loss is known.
+    """
+    if steps < 1 or damping < 0:
+        raise UserMistake(f"steps={steps}, damping={damping} cannot be", fix="steps=1, damping=0.1")
+    rows = list(one_by_one(calibration.given))
+    steps = min(steps, len(rows) // FEWEST)
+    if not steps:
+        notes.lines.append(f"no newton step: {len(rows)} sequences of text are too few, {FEWEST} would do")
+        return pruned
+    loss = _loss(pruned.model, rows[:TRIED])
+    for step in range(steps):
+        loss = _step(pruned.model, rows[step::steps], damping, rows[:TRIED], loss)
+    return pruned
+
+
+def _step(model: nn.Module, rows: Rows, damping: float, tried: Rows, most: float) -> float:
+    """One step, halved until the loss on the rows ``tried`` is ``most`` at the most; that loss."""
+    vectors = {name: p for name, p in model.named_parameters() if p.ndim == 1 and p.is_floating_point()}
+    gradients: dict[str, list[Tensor]] = defaultdict(list)
+
+    def see(name: str, _: nn.Parameter, gradient: Tensor) -> None:
+        gradients[name].append(whole(gradient).double())
+
+    see_gradients(model, dealt(rows, model), see, names=vectors)
+    found = {name: torch.stack(each) for name, each in gradients.items()}
+    halves = [{name: each[half::2] for name, each in found.items()} for half in (0, 1)]
+    predictions = sum(map(_predictions, rows)) / len(rows)
+    there, back = (_size(one, _direction(other, damping, model), predictions, model) for one, other in (halves, halves[::-1]))
+    size, along = max(0.0, (there + back) / 2), _direction(found, damping, model)
+    before = {name: whole(vectors[name]) for name in along}
+    for shorter in [*(size * 0.5**halving for halving in range(HALVINGS)), 0.0]:
+        for name, d in along.items():
+            put(vectors[name], before[name] + shorter * d.to(before[name]))
+        loss = _loss(model, tried) if shorter else most
+        if loss <= most:
+            break
+    return loss
+
+
+def _direction(found: Mapping[str, Tensor], damping: float, model: nn.Module) -> dict[str, Tensor]:
+    """d times the predictions of a sequence, from gradients (sequences, numbers) by name."""
+    moments = {name: _moments(each, model) for name, each in found.items()}
+    return {name: -mean / (spread + damping * spread.mean()).clamp_min(1e-300) for name, (mean, spread) in moments.items()}
+
+
+def _size(found: Mapping[str, Tensor], along: Mapping[str, Tensor], predictions: float, model: nn.Module) -> float:
+    """η for these gradients, over the predictions of a sequence."""
+    slope, spread = _moments(torch.stack([found[name] @ d for name, d in along.items()]).sum(0)[:, None], model)
+    return float(-slope / (predictions * spread)) if spread > 0 else 0.0
+
+
+def _moments(each: Tensor, model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Mean and variance over the sequences of all ranks; ``each`` is (sequences, numbers)."""
+    ones = each.new_ones(1, each.shape[1]) * len(each)
+    count, total, square = summed({"": torch.cat([ones, each.sum(0)[None], each.square().sum(0)[None]])}, model)[""]
+    mean = total / count
+    return mean, (square / count - mean.square()).clamp_min(0) * count / (count - 1)
+
+
+def _predictions(inputs: Mapping[str, Any]) -> int:
+    """How many predictions the loss of one sequence is the mean of."""
+    labels = inputs.get("labels")
+    return inputs["input_ids"].shape[1] - 1 if labels is None else int((labels != -100).sum())
+
+
+def _loss(model: nn.Module, rows: Rows) -> float:
+    with inference(model):
+        return sum(float(language_loss(model, row)) for row in rows)
