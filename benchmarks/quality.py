@@ -89,7 +89,15 @@ STEPS = (
     Row("+ every weight, towards the original's stream", "obs", (ALL,), before=ENDS, mix="both"),
     Row("+ widths by the errors", "obs", (ALL,), scope="global", mix="both"),
     Row("+ heads", "obs", (ALL,), scope="global", kinds=("head", "ffn"), mix="both"),
-    Row("the default but for its last repair", "obs", REPAIR[:-1], before=MEASURED, scope="global", kinds=("head", "ffn"), mix="both"),
+    Row(
+        "the default but for its last step",
+        "obs",
+        REPAIR[:-1],
+        before=MEASURED,
+        scope="global",
+        kinds=("head", "ffn"),
+        mix="both",
+    ),
     Row("the default", "obs", REPAIR, before=MEASURED, scope="global", kinds=("head", "ffn"), mix="both"),
 )
 ALIKE = (
