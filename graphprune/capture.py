@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from graphprune.axes import Axis, Place
 from graphprune.calls import operation
+from graphprune.data import logits_of
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.execute import Abreast, tensors_of
 from graphprune.groups import Groups
@@ -46,8 +47,8 @@ def language_loss(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     if getattr(output, "loss", None) is not None:
         found: Tensor = output.loss
         return found
-    logits = output[0] if not hasattr(output, "logits") else output.logits
-    if "input_ids" not in inputs or logits.ndim != 3 or logits.shape[1] != inputs["input_ids"].shape[1]:
+    logits = logits_of(output)
+    if "input_ids" not in inputs or logits.shape[1] != inputs["input_ids"].shape[1]:
         raise ModelLimit("no loss is known for this model", fix="pass loss=, a function of (model, inputs)")
     precise = logits[:, :-1].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
     return nn.functional.cross_entropy(precise, inputs["input_ids"][:, 1:].flatten())

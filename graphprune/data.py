@@ -159,11 +159,12 @@ def decode(model: nn.Module, prompt: Tensor, choose: Callable[[Tensor], Tensor],
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in what a language model returned: its ``logits``, or the first tensor."""
-    found = getattr(output, "logits", None)
-    if found is None:
-        found = output[0] if isinstance(output, tuple | list) else output
-    if not isinstance(found, Tensor) or found.dim() != 3:
+    """What a language model predicts, (rows, tokens, vocabulary): ``logits`` by name, the first of several, or the only output."""
+    if isinstance(output, Mapping):
+        output = output.get("logits", next(iter(output.values()), None))
+    found = getattr(output, "logits", output)
+    found = found[0] if isinstance(found, tuple | list) and found else found
+    if not isinstance(found, Tensor) or found.ndim != 3:
         raise ModelLimit("not a language model: it gives no logits (rows, tokens, vocabulary)")
     return found
 

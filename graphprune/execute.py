@@ -37,9 +37,7 @@ CPU = torch.device("cpu")
 TYPELESS = frozenset({fx.Node, int, float, bool, str, type(None)})
 """Arguments that say nothing of a dtype or a device; by far the most do."""
 
-RANDOM = tuple(
-    f"aten::{name}" for name in ("rand", "randn", "rand_like", "randn_like", "normal", "uniform", "bernoulli", "exponential")
-)
+RANDOM = ("rand", "randn", "rand_like", "randn_like", "normal", "uniform", "bernoulli", "exponential")
 DRAWN = 0.5
 """What takes the place of every random number where computations of different sizes are compared in another precision."""
 

@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
+from graphprune.composed import write_out_composed
 from graphprune.errors import ModelLimit, UserMistake, first_line
 from graphprune.known import Known, agrees, casts_that_do_nothing, without_checks
 from graphprune.memory import lent
@@ -192,6 +193,7 @@ def _as_trace(
     kwargs: dict[str, Any],
 ) -> Trace:
     held, constants = found
+    write_out_composed(flat.graph)
     called = {node.meta["called"]: node.name for node in flat.graph.nodes if node.op == "placeholder"}
     tensors = {name: held[holder] for holder, name in called.items() if holder in held}
     values = {node: constants.get(tensors[node.name].name) for node in flat.graph.nodes if node.name in tensors}

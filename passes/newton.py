@@ -30,6 +30,7 @@ from graphprune.disk import put
 from graphprune.errors import UserMistake
 from graphprune.facts import Notes
 from graphprune.ranks import dealt, summed, whole
+from graphprune.rewrite.graph import PrunedGraph
 
 FEWEST = 16
 """Sequences below which variances over their halves say too little."""
@@ -50,7 +51,7 @@ def newton(pruned: Pruned, calibration: Calibration, notes: Notes, *, steps: int
     """
     if steps < 1 or damping < 0:
         raise UserMistake(f"steps={steps}, damping={damping} cannot be", fix="steps=1, damping=0.1")
-    rows = list(one_by_one(calibration.given))
+    rows = list(one_by_one(calibration.given) if _takes_one(pruned.model) else calibration.given)
     steps = min(steps, len(rows) // FEWEST)
     if not steps:
         notes.lines.append(f"no newton step: {len(rows)} sequences of text are too few, {FEWEST} would do")
@@ -78,7 +79,7 @@ def _step(model: nn.Module, rows: Rows, damping: float, tried: Rows, most: float
     before = {name: whole(vectors[name]) for name in along}
     for shorter in [*(size * 0.5**halving for halving in range(HALVINGS)), 0.0]:
         for name, d in along.items():
-            put(vectors[name], before[name] + shorter * d.to(before[name]))
+            put(vectors[name], before[name].double() + shorter * d)
         loss = _loss(model, tried) if shorter else most
         if loss <= most:
             break
@@ -108,7 +109,21 @@ def _moments(each: Tensor, model: nn.Module) -> tuple[Tensor, Tensor]:
 def _predictions(inputs: Mapping[str, Any]) -> int:
     """How many predictions the loss of one sequence is the mean of."""
     labels = inputs.get("labels")
-    return inputs["input_ids"].shape[1] - 1 if labels is None else int((labels != -100).sum())
+    return inputs["input_ids"][:, 1:].numel() if labels is None else int((labels != -100).sum())
+
+
+def _takes_one(model: nn.Module) -> bool:
+    """Whether a model takes single sequences; a graph may take batches as traced only, each of which then counts as one."""
+    if not isinstance(model, PrunedGraph):
+        return True
+    batches = [value.shape[:1] for value in model.trace.example if isinstance(value, Tensor)]
+    inputs = [node.meta["val"].shape[:1] for node in model.trace.graph.nodes if node.name in model.trace.inputs]
+    return all(batch == (1,) for batch in batches) or all(_is_free(size) for shape in inputs for size in shape)
+
+
+def _is_free(size: Any) -> bool:
+    """Whether a traced size may be another; a symbol may stand for a number that the model fixed."""
+    return isinstance(size, torch.SymInt) and bool(size.node.expr.free_symbols)
 
 
 def _loss(model: nn.Module, rows: Rows) -> float:

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 import graphprune
 from graphprune import Calibration, Result
+from graphprune.capture import language_loss
 from graphprune.data import mixed
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.normal import add_square, packed
@@ -328,6 +329,31 @@ def test_a_newton_step_does_no_harm_where_it_looks(llama: Any, seed: int) -> Non
     text = Calibration(({"input_ids": own}, *periodic(32, seed).inputs), "drawn")
     made = pruned(llama, text, "newton", method="magnitude").model
     assert sum(losses(made, own)) <= sum(losses(plain, own))
+
+
+class Pairs(nn.Module):
+    """A language model whose code takes its batch apart, so that a graph of it has that size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.norm, self.head = nn.Embedding(53, 12), nn.LayerNorm(12), nn.Linear(12, 53)
+        self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 12)
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        x = torch.stack(self.tokens(input_ids).unbind(0))
+        return {"logits": self.head(self.norm(x + self.down(self.up(x).relu())))}
+
+
+def test_a_graph_of_fixed_size_takes_its_newton_step_in_batches() -> None:
+    torch.manual_seed(0)
+    model, text = Pairs().eval(), periodic(40)
+    results = [
+        graphprune.compile(model, calibration=text, passes=p, keep=0.5, method="magnitude", emit="graph") for p in ([], ["newton"])
+    ]
+    plain, made = (result.model for result in results)
+    assert not results[1].notes
+    before, after = (sum(float(language_loss(m, inputs).detach()) for inputs in text.inputs) for m in (plain, made))
+    assert after < before
 
 
 def test_too_little_text_for_a_newton_step_is_said(llama: Any, calibration: Calibration) -> None:

@@ -58,6 +58,12 @@ def bucketize(op: Op) -> Typed:
     return Typed(op["self"].axes)
 
 
+@rule(aten.fake_quantize_per_tensor_affine)
+def fake_quantize(op: Op) -> Typed:
+    """Rounded to the steps of one scale."""
+    return Typed(op["self"].axes)
+
+
 @rule(aten.meshgrid)
 def meshgrid(op: Op) -> tuple[Typed, ...]:
     """Every operand is a dimension of every output, in order; ``xy`` swaps the first two."""

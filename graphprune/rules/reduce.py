@@ -34,7 +34,7 @@ def total(op: Op) -> Typed:
 
 @rule(
     aten.mean, aten.var, aten.std, aten.amax, aten.amin, aten.prod, aten.logsumexp, aten.any, aten.all, aten.var_mean,
-    aten.std_mean, aten.median, aten.nanmean, aten.aminmax,
+    aten.std_mean, aten.median, aten.mode, aten.nanmean, aten.aminmax,
 )  # fmt: skip
 def statistic(op: Op) -> Typed | tuple[Typed, ...]:
     """Anything else over an axis changes with the number or the choice of its units."""
@@ -44,7 +44,7 @@ def statistic(op: Op) -> Typed | tuple[Typed, ...]:
         op.use(source, dim, "contracted")
         op.renormalise(source.axes[dim], f"{op.name} over it")
     out = Typed(_reduced(op, source, dims))
-    if op.name == "median" and len(op.shapes) == 2 and not isinstance(op.shapes[0], int):
+    if op.name in ("median", "mode") and len(op.shapes) == 2 and not isinstance(op.shapes[0], int):
         return out, Typed(out.axes, source.axes[dims[0]] if source.axes else None)
     return out if not op.shapes or isinstance(op.shapes[0], int) else tuple(out for _ in op.shapes)
 

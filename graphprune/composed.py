@@ -1,0 +1,100 @@
+"""A flat graph in; operations that have no rule, but that torch makes of others that have, are written out as those."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._decomp import decomposition_table
+from torch._guards import detect_fake_mode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from graphprune.calls import schema
+from graphprune.rules import find_rule
+
+
+def write_out_composed(graph: fx.Graph) -> None:
+    """Replace what can be; what is made of something without a rule, draws at random or writes to its operands, stays as it is."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and (recipe := _recipe(node)) is not None:
+            body = _traced(node, recipe)
+            if body is not None:
+                _replace(node, body)
+
+
+def _recipe(node: fx.Node) -> Callable[..., Any] | None:
+    """How torch makes an operation of others."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or find_rule(target) is not None:
+        return None
+    if any(argument.written for argument in schema(target)) or torch.Tag.nondeterministic_seeded in target.tags:
+        return None
+    return target.decompose if target._can_decompose() else decomposition_table.get(target)
+
+
+def _traced(node: fx.Node, recipe: Callable[..., Any]) -> fx.Graph | None:
+    """The recipe as a graph over the operands of a call, where all its operations have rules."""
+    operands = [operand for operand in node.all_input_nodes if isinstance(operand.meta.get("val"), Tensor)]
+    places = {operand: i for i, operand in enumerate(operands)}
+    leaves, form = pytree.tree_flatten((node.args, node.kwargs))
+
+    def call(values: list[Tensor]) -> Any:
+        given = [values[places[leaf]] if leaf in places else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(given, form)
+        return recipe(*args, **kwargs)
+
+    values = [operand.meta["val"] for operand in operands]
+    mode = detect_fake_mode(values)
+    if mode is None or len(operands) < len(node.all_input_nodes):
+        return None
+    try:
+        with mode:
+            found = make_fx(call)(values).graph
+    except Exception:  # noqa: BLE001  then it stays one operation, unknown
+        return None
+    results = _results(found)
+    if not _is_understood(found) or not all(isinstance(result, fx.Node) for result in results):
+        return None
+    return found if _shapes([result.meta["val"] for result in results]) == _shapes(node.meta["val"]) else None
+
+
+def _is_understood(graph: fx.Graph) -> bool:
+    """Whether every operation has a rule, and no number in it is an open size."""
+    calls = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    literals = pytree.tree_leaves([(node.args, node.kwargs) for node in calls])
+    known = all(node.op == "call_function" and (_takes_part(node) or find_rule(node.target)) for node in calls)
+    return known and not any(isinstance(literal, torch.SymInt) for literal in literals)
+
+
+def _replace(node: fx.Node, body: fx.Graph) -> None:
+    holders = [inner for inner in body.nodes if inner.op == "placeholder"]
+    operands = [operand for operand in node.all_input_nodes if isinstance(operand.meta.get("val"), Tensor)]
+    copies: dict[fx.Node, fx.Node] = dict(zip(holders, operands, strict=True))
+    with node.graph.inserting_before(node):
+        for inner in body.nodes:
+            if inner.op == "call_function":
+                copies[inner] = node.graph.node_copy(inner, copies.__getitem__)
+                copies[inner].meta = {**node.meta, "val": inner.meta["val"]}
+    made = [copies[result] for result in _results(body)]
+    if isinstance(node.meta["val"], Tensor):
+        node.replace_all_uses_with(made[0])
+    for user in list(node.users):
+        user.replace_all_uses_with(made[user.args[1]])  # type: ignore[index]
+        node.graph.erase_node(user)
+    node.graph.erase_node(node)
+
+
+def _results(graph: fx.Graph) -> list[Any]:
+    """The nodes a graph returns."""
+    return pytree.tree_leaves(next(node.args[0] for node in graph.nodes if node.op == "output"))
+
+
+def _shapes(values: Any) -> list[Any]:
+    return [tuple(value.shape) for value in pytree.tree_leaves(values)]
+
+
+def _takes_part(node: fx.Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
