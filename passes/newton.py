@@ -7,10 +7,10 @@ G_s the gradient (numbers,) of the mean loss of sequence s, T its predictions, g
 
     F = T · var_s(G_s)        d = −g / (F + λ · mean(F of the vector))        η = −g·d / (T · var_s(G_s·d))        w′ = w + η · d
 
-d is blind to how the vectors work together; η is the minimum along d with all of that in it. It is found on the half of the
-sequences (even, odd) that a direction did not come from, and is 0 where nothing carries over. Only given text is read: what
-the model wrote itself it already predicts. Where the loss on the first sequences rises all the same, the step is halved. Cost:
-one forward and backward pass, no gradients of matrices.
+d is blind to how the vectors work together; η is the minimum along d with that in it. Since sequences differ by more than chance,
+F is too large and η too short: the step is doubled as long as that lowers the loss of four sequences that d did not come from,
+halved until it does, left out where nothing does. Only given text is read: what the model wrote itself it already predicts. Cost:
+one forward and backward pass without gradients of matrices, and some forward passes of the four.
 ``graphprune.compile(model, method="obs", calibration=c, passes=["least_squares", "newton"])``
 """
 
@@ -32,38 +32,39 @@ from graphprune.facts import Notes
 from graphprune.ranks import dealt, summed, whole
 from graphprune.rewrite.graph import PrunedGraph
 
-FEWEST = 16
-"""Sequences below which variances over their halves say too little."""
+TRIED = 4
+"""Sequences on which lengths are tried."""
 
-TRIED = 8
-"""Sequences on which a step must not do harm."""
+FEWEST = 12
+"""Other sequences below which a variance over them says too little."""
 
-HALVINGS = 4
+LONGER, SHORTER = (1.0, 2.0, 4.0, 8.0, 16.0), (0.5, 0.25, 0.125)
 
 Rows = Sequence[Mapping[str, Any]]
 
 
 def newton(pruned: Pruned, calibration: Calibration, notes: Notes, *, steps: int = 1, damping: float = 0.1) -> Pruned:
-    """The pruned model with other gains and biases. The text is shared out over the ``steps``, 16 sequences each at the least.
+    """The pruned model with other gains and biases. The text is shared out over the ``steps``, 12 sequences each at the least.
 
-    Less text than that changes nothing, which the notes say. Raises UserMistake unless ``steps ≥ 1, damping ≥ 0``, ModelLimit where
-    no loss is known.
+    Less text than one step takes changes nothing, which the notes say. Raises UserMistake unless ``steps ≥ 1, damping ≥ 0``,
+    ModelLimit where no loss is known.
     """
     if steps < 1 or damping < 0:
         raise UserMistake(f"steps={steps}, damping={damping} cannot be", fix="steps=1, damping=0.1")
     rows = list(one_by_one(calibration.given) if _takes_one(pruned.model) else calibration.given)
-    steps = min(steps, len(rows) // FEWEST)
+    tried, others = rows[:TRIED], rows[TRIED:]
+    steps = min(steps, len(others) // FEWEST)
     if not steps:
-        notes.lines.append(f"no newton step: {len(rows)} sequences of text are too few, {FEWEST} would do")
+        notes.lines.append(f"no newton step: {len(rows)} sequences of text are too few, {TRIED + FEWEST} would do")
         return pruned
-    loss = _loss(pruned.model, rows[:TRIED])
+    loss = _loss(pruned.model, tried)
     for step in range(steps):
-        loss = _step(pruned.model, rows[step::steps], damping, rows[:TRIED], loss)
+        loss = _step(pruned.model, others[step::steps], damping, tried, loss)
     return pruned
 
 
-def _step(model: nn.Module, rows: Rows, damping: float, tried: Rows, most: float) -> float:
-    """One step, halved until the loss on the rows ``tried`` is ``most`` at the most; that loss."""
+def _step(model: nn.Module, rows: Rows, damping: float, tried: Rows, least: float) -> float:
+    """One step, as long as serves the rows ``tried``, whose loss is the ``least`` so far; their loss after it."""
     vectors = {name: p for name, p in model.named_parameters() if p.ndim == 1 and p.is_floating_point()}
     gradients: dict[str, list[Tensor]] = defaultdict(list)
 
@@ -72,18 +73,25 @@ def _step(model: nn.Module, rows: Rows, damping: float, tried: Rows, most: float
 
     see_gradients(model, dealt(rows, model), see, names=vectors)
     found = {name: torch.stack(each) for name, each in gradients.items()}
-    halves = [{name: each[half::2] for name, each in found.items()} for half in (0, 1)]
-    predictions = sum(map(_predictions, rows)) / len(rows)
-    there, back = (_size(one, _direction(other, damping, model), predictions, model) for one, other in (halves, halves[::-1]))
-    size, along = max(0.0, (there + back) / 2), _direction(found, damping, model)
-    before = {name: whole(vectors[name]) for name in along}
-    for shorter in [*(size * 0.5**halving for halving in range(HALVINGS)), 0.0]:
+    before, along = {name: whole(vectors[name]).double() for name in found}, _direction(found, damping, model)
+    size = _size(found, along, sum(map(_predictions, rows)) / len(rows), model)
+
+    def moved(length: float) -> nn.Module:
         for name, d in along.items():
-            put(vectors[name], before[name].double() + shorter * d)
-        loss = _loss(model, tried) if shorter else most
-        if loss <= most:
+            put(vectors[name], before[name] + length * size * d)
+        return model
+
+    best = 0.0
+    for length in LONGER:
+        if not (loss := _loss(moved(length), tried)) < least:
             break
-    return loss
+        best, least = length, loss
+    for length in SHORTER if not best else ():
+        if (loss := _loss(moved(length), tried)) < least:
+            best, least = length, loss
+            break
+    moved(best)
+    return least
 
 
 def _direction(found: Mapping[str, Tensor], damping: float, model: nn.Module) -> dict[str, Tensor]:
@@ -93,7 +101,7 @@ def _direction(found: Mapping[str, Tensor], damping: float, model: nn.Module) ->
 
 
 def _size(found: Mapping[str, Tensor], along: Mapping[str, Tensor], predictions: float, model: nn.Module) -> float:
-    """η for these gradients, over the predictions of a sequence."""
+    """η over the predictions of a sequence."""
     slope, spread = _moments(torch.stack([found[name] @ d for name, d in along.items()]).sum(0)[:, None], model)
     return float(-slope / (predictions * spread)) if spread > 0 else 0.0
 
