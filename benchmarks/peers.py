@@ -112,11 +112,13 @@ def line(name: str, row: dict[str, Any]) -> str:
 
 
 def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
-    """Seconds over layers, both axes logarithmic."""
+    """Seconds over layers of the Llamas with as many KV heads as heads, both axes logarithmic."""
+    depths = {name: int(name.removeprefix("llama-")) for name in rows if name.removeprefix("llama-").isdigit()}
     for system in SYSTEMS:
-        points = [(int(name.split("-")[-1]), row[system].get("seconds")) for name, row in rows.items() if name.startswith("llama-")]
-        points = sorted((layers, seconds) for layers, seconds in points if seconds)
+        points = sorted((layers, seconds) for name, layers in depths.items() if (seconds := rows[name][system].get("seconds")))
         pyplot.loglog([x for x, _ in points], [y for _, y in points], "o-", label=system)
+    pyplot.xticks(list(depths.values()), [str(layers) for layers in depths.values()])
+    pyplot.minorticks_off()
     pyplot.xlabel("layers")
     pyplot.ylabel("CPU seconds")
     pyplot.legend()
