@@ -161,6 +161,19 @@ def test_scores_and_repairs_from_disk_are_those_from_memory(
         assert {name.split(".")[-2] for name in found if not torch.equal(found[name], cut[name])} == {"o_proj", "down_proj"}
 
 
+def test_a_newton_step_on_disk_is_the_one_in_memory(tmp_path: Path) -> None:
+    source = saved(tmp_path / "model", tied=True)
+    options: dict[str, Any] = {"keep": 0.6, "method": "magnitude", "calibration": drawn(20), "passes": ["newton"]}
+    result = compile_streamed(source, tmp_path / "out", **options)
+    whole = graphprune.compile(graphprune.open_source(source).model, **options)
+    assert not result.notes and not whole.notes
+    kept, found = whole.model.state_dict(), tensors(tmp_path / "out")
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, kept[name], rtol=1e-5, atol=1e-7)
+    cut = tensors(compile_streamed(source, tmp_path / "cut", plan=result.plan).path)
+    assert {name for name in found if not torch.equal(found[name], cut[name])} == {name for name in found if found[name].ndim == 1}
+
+
 def test_a_stretch_reads_no_more_than_its_limit_and_ends_where_little_is_alive(tmp_path: Path) -> None:
     source = saved(tmp_path / "model")
     opened = graphprune.open_source(source)
