@@ -58,8 +58,8 @@ class Calibration:
 
     @property
     def given(self) -> tuple[Mapping[str, Tensor], ...]:
-        """The inputs that the model did not write itself; all of them where it wrote all."""
-        return tuple(row for i, row in enumerate(self.inputs) if i not in self.written) or self.inputs
+        """The inputs that the model did not write itself."""
+        return tuple(row for i, row in enumerate(self.inputs) if i not in self.written)
 
     @property
     def batches(self) -> tuple[Tensor, ...]:

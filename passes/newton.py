@@ -55,7 +55,7 @@ def newton(pruned: Pruned, calibration: Calibration, notes: Notes, *, steps: int
     tried, others = rows[:TRIED], rows[TRIED:]
     steps = min(steps, len(others) // FEWEST)
     if not steps:
-        notes.lines.append(f"no newton step: {len(rows)} sequences of text are too few, {TRIED + FEWEST} would do")
+        notes.lines.append(f"no newton step: {len(rows)} sequences of given text are too few, {TRIED + FEWEST} would do")
         return pruned
     loss = _loss(pruned.model, tried)
     for step in range(steps):
