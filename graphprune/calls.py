@@ -47,9 +47,9 @@ def operation(node: fx.Node) -> str:
     return _name(node.target)
 
 
-def given_arguments(node: fx.Node, target: Any = None) -> dict[str, Any]:
-    """The arguments that a call gives, by the names its operation (or another of the same schema) has for them."""
-    names = (argument.name for argument in schema(target or node.target))
+def given_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments that a call gives, by the names its operation has for them."""
+    names = (argument.name for argument in schema(node.target))
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
@@ -70,14 +70,18 @@ def operands(node: fx.Node) -> Iterator[tuple[Argument, fx.Node]]:
 
 def written(node: fx.Node) -> list[fx.Node]:
     """The operands an operation writes to, as its schema says: ``self`` of ``add_``, ``out`` of ``mm.out``, whole lists."""
-    if not _writes(node.target):
-        return []
-    return [operand for argument, operand in operands(node) if argument.written]
+    return [operand for argument, operand in operands(node) if argument.written] if writes(node.target) else []
 
 
 @cache
-def _writes(target: Any) -> bool:
+def writes(target: Any) -> bool:
+    """Whether an operation writes to any operand."""
     return any(argument.written for argument in schema(target))
+
+
+def takes_part(node: fx.Node) -> bool:
+    """Whether a node takes one of several values."""
+    return node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
 
 
 def is_check(node: fx.Node) -> bool:

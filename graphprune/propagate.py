@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from graphprune.axes import Axis, Factor
-from graphprune.calls import all_arguments, operation, written
+from graphprune.calls import all_arguments, operation, takes_part, written
 from graphprune.computed import computed
 from graphprune.errors import RuleBug
 from graphprune.memory import rewritten
@@ -151,7 +151,7 @@ class _Walk:
         return Typed(tuple(map(self.solver.fresh, _shapes(node.meta["val"]))))
 
     def _call(self, node: fx.Node) -> Any:
-        if getattr(node.target, "__name__", "") == "getitem":
+        if takes_part(node):
             return self._part(node)
         shapes = _shapes(node.meta.get("val"))
         rule = find_rule(node.target)

@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
+from graphprune.calls import takes_part, writes
 from graphprune.composed import write_out_composed
 from graphprune.errors import ModelLimit, UserMistake, first_line
 from graphprune.known import Known, agrees, casts_that_do_nothing, without_checks
@@ -344,7 +345,7 @@ def _splice(module: fx.GraphModule, flat: fx.Graph, values: dict[fx.Node, Any], 
             return fx.map_arg(node.args[0], values.__getitem__)
         if _is_region(node):
             values[node] = _splice_region(module, node, flat, values, casts)
-        elif _takes_part(node) and isinstance(values[node.args[0]], tuple | list):
+        elif takes_part(node) and isinstance(values[node.args[0]], tuple | list):
             values[node] = values[node.args[0]][node.args[1]]
         elif node.op != "placeholder":
             values[node] = flat.node_copy(node, values.__getitem__)
@@ -355,10 +356,6 @@ def _splice(module: fx.GraphModule, flat: fx.Graph, values: dict[fx.Node, Any], 
 
 def _is_region(node: fx.Node) -> bool:
     return node.op == "call_function" and getattr(node.target, "__name__", "") in INLINED
-
-
-def _takes_part(node: fx.Node) -> bool:
-    return node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
 
 
 def _splice_region(module: fx.GraphModule, node: fx.Node, flat: fx.Graph, values: dict[fx.Node, Any], casts: bool) -> Any:
@@ -377,7 +374,7 @@ def _cast_operands(node: fx.Node) -> None:
     target, value = node.target, node.meta.get("val")
     if not isinstance(target, torch._ops.OpOverload) or target.overloadpacket in CASTS or not isinstance(value, Tensor):
         return
-    if target._schema.is_mutable or not value.is_floating_point():
+    if writes(target) or not value.is_floating_point():
         return
     for operand in node.all_input_nodes:
         given = operand.meta.get("val")

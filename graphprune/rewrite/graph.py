@@ -137,7 +137,7 @@ def _follow(axes: Axes, node: fx.Node, copy: fx.Node, keep: Keep) -> None:
     if node not in axes.literals:
         return
     literals, becomes = axes.literals[node]
-    arguments = given_arguments(copy, node.target)
+    arguments = given_arguments(copy)
     changed = {lit.name: new for lit in literals if (new := _followed(axes, node, lit, arguments, keep)) is not None}
     if not changed:
         return
