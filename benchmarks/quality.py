@@ -79,6 +79,7 @@ THEN = "least_squares:given=then:drift=0:where=readers:even=false:damping=0.01"
 NOW = "least_squares:given=now:drift=0:where=readers:even=false:damping=0.01"
 ALL = "least_squares:where=all"
 MEASURED = ("sensitivity",)
+DEFAULT = Row("the default", "obs", REPAIR, before=MEASURED, scope="global", kinds=("head", "ffn"), mix="both")
 STEPS = (
     TAYLOR,
     Row("+ greedy OBS scores", "obs:gradients=false", before=ENDS),
@@ -89,16 +90,8 @@ STEPS = (
     Row("+ every weight, towards the original's stream", "obs", (ALL,), before=ENDS, mix="both"),
     Row("+ widths by the errors", "obs", (ALL,), scope="global", mix="both"),
     Row("+ heads", "obs", (ALL,), scope="global", kinds=("head", "ffn"), mix="both"),
-    Row(
-        "the default but for its last step",
-        "obs",
-        REPAIR[:-1],
-        before=MEASURED,
-        scope="global",
-        kinds=("head", "ffn"),
-        mix="both",
-    ),
-    Row("the default", "obs", REPAIR, before=MEASURED, scope="global", kinds=("head", "ffn"), mix="both"),
+    replace(DEFAULT, name="the default but for its last step", repair=REPAIR[:-1]),
+    DEFAULT,
 )
 ALIKE = (
     Row("first-order Taylor, layers alike", "taylor", alike=True),

@@ -46,12 +46,14 @@ Rows = Sequence[Mapping[str, Any]]
 def newton(pruned: Pruned, calibration: Calibration, notes: Notes, *, steps: int = 1, damping: float = 0.1) -> Pruned:
     """The pruned model with other gains and biases. The text is shared out over the ``steps``, 12 sequences each at the least.
 
+    Of a graph that takes batches as traced only, a batch counts as one sequence.
     Less text than one step takes changes nothing, which the notes say. Raises UserMistake unless ``steps ≥ 1, damping ≥ 0``,
     ModelLimit where no loss is known.
     """
     if steps < 1 or damping < 0:
         raise UserMistake(f"steps={steps}, damping={damping} cannot be", fix="steps=1, damping=0.1")
-    rows = list(one_by_one(calibration.given) if _takes_one(pruned.model) else calibration.given)
+    in_batches = isinstance(pruned.model, PrunedGraph) and not pruned.model.takes_one
+    rows = list(calibration.given if in_batches else one_by_one(calibration.given))
     tried, others = rows[:TRIED], rows[TRIED:]
     steps = min(steps, len(others) // FEWEST)
     if not steps:
@@ -118,20 +120,6 @@ def _predictions(inputs: Mapping[str, Any]) -> int:
     """How many predictions the loss of one sequence is the mean of."""
     labels = inputs.get("labels")
     return inputs["input_ids"][:, 1:].numel() if labels is None else int((labels != -100).sum())
-
-
-def _takes_one(model: nn.Module) -> bool:
-    """Whether a model takes single sequences; a graph may take batches as traced only, each of which then counts as one."""
-    if not isinstance(model, PrunedGraph):
-        return True
-    batches = [value.shape[:1] for value in model.trace.example if isinstance(value, Tensor)]
-    inputs = [node.meta["val"].shape[:1] for node in model.trace.graph.nodes if node.name in model.trace.inputs]
-    return all(batch == (1,) for batch in batches) or all(_is_free(size) for shape in inputs for size in shape)
-
-
-def _is_free(size: Any) -> bool:
-    """Whether a traced size may be another; a symbol may stand for a number that the model fixed."""
-    return isinstance(size, torch.SymInt) and bool(size.node.expr.free_symbols)
 
 
 def _loss(model: nn.Module, rows: Rows) -> float:

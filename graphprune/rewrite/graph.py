@@ -257,11 +257,22 @@ class PrunedGraph(nn.Module):
                 graph.erase_node(node)
         self.body = fx.GraphModule(root, graph)
 
+    @property
+    def takes_one(self) -> bool:
+        """Whether batches may have one row: they had when it was traced, or their size was left open."""
+        traced = [node.meta["val"].shape[:1] for node in self.trace.graph.nodes if node.name in self.trace.inputs]
+        return all(shape == (1,) or all(map(_may_differ, shape)) for shape in traced)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's signature."""
         order = pytree.tree_unflatten([None] * self.trace.in_spec.num_leaves, self.trace.in_spec)[1]
         flat = pytree.tree_leaves((args, {name: kwargs[name] for name in order if name in kwargs}))
         return pytree.tree_unflatten(list(pytree.tree_leaves(self.body(*flat))), self.trace.out_spec)
+
+
+def _may_differ(size: Any) -> bool:
+    """Whether a traced size is open; a symbol may stand for a number that the model fixed."""
+    return isinstance(size, torch.SymInt) and bool(size.node.expr.free_symbols)
 
 
 def _attach(root: nn.Module, name: str, tensor: Tensor, trainable: bool) -> None:
