@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -230,7 +231,7 @@ def _spread(values: Sequence[float]) -> str:
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("--rows", action="append", choices=TABLES, help="which tables; several add up")
-    parse.add_argument("--only", help="rows whose name contains this (first row always)")
+    parse.add_argument("--only", help="rows whose name has a match of this regular expression (first row always)")
     parse.add_argument("--keep", action="append", type=float)
     parse.add_argument("--seeds", type=int, default=3)
     parse.add_argument("--samples", type=int, default=64)
@@ -248,7 +249,7 @@ def main() -> None:
     args = parse.parse_args()
     rows = list(dict.fromkeys(row.name for name in args.rows or ["methods"] for row in TABLES[name]))
     chosen = {row.name: row for name in args.rows or ["methods"] for row in TABLES[name]}
-    picked = [chosen[name] for i, name in enumerate(rows) if not args.only or i == 0 or args.only in name]
+    picked = [chosen[name] for i, name in enumerate(rows) if not args.only or i == 0 or re.search(args.only, name)]
     if args.list:
         print("\n".join(str(row) for row in picked))
         return

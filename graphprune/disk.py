@@ -31,8 +31,8 @@ DTYPES: Mapping[str, torch.dtype] = {
 }  # fmt: skip
 NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
-MAP_APART = -3
-"""``M_MMAP_THRESHOLD`` in malloc.h."""
+MAP_APART, HAND_BACK = -3, -1
+"""``M_MMAP_THRESHOLD`` and ``M_TRIM_THRESHOLD`` in malloc.h."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +150,13 @@ def given_back(size: int) -> Iterator[None]:
 
 
 def _map_apart(size: int) -> None:
-    """Map at least so many bytes apart; 32 MiB is where glibc would end by itself."""
+    """Map at least so many bytes apart; 32 MiB is where glibc would end by itself.
+
+    It would let the heap's end lie idle up to twice that before it shrinks it. Once told anything it shrinks, and asks the
+    system for, each tensor that comes and goes there.
+    """
     _tell("mallopt", MAP_APART, size)
+    _tell("mallopt", HAND_BACK, 2 * size)
 
 
 def _tell(function: str, *arguments: int) -> None:

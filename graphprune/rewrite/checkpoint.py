@@ -207,10 +207,10 @@ def _load_plain(path: Path, record: dict[str, Any], model: nn.Module | None) -> 
     reshaped.reshape(model, record)
     state = OrderedDict(load_file(path / WEIGHTS))
     state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]  # versions that loading hooks ask for
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    tied = set(model.state_dict()) - set(_distinct(model))
-    if unexpected or set(missing) - tied:
-        raise UserMistake(f"{path} holds another model", why=f"tensors differ: {sorted({*missing, *unexpected} - tied)[:3]}")
+    tied = model.state_dict().keys() - _distinct(model).keys()
+    if others := (state.keys() ^ model.state_dict().keys()) - tied:
+        raise UserMistake(f"{path} holds another model", why=f"tensors differ: {sorted(others)[:3]}")
+    model.load_state_dict(state, strict=False)
     return model
 
 
