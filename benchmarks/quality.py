@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py --rows methods --keep 0.8            # published methods
     python benchmarks/quality.py --rows steps --keep 0.8 --keep 0.5   # from first-order Taylor to the default, step by step
-    python benchmarks/quality.py --rows search --seeds 1              # options of the default
+    python benchmarks/quality.py --rows alike --keep 0.8              # what a stock config costs
     python benchmarks/quality.py --list
 
 ``keep`` is the share of attention and FFN parameters that stays, whatever is cut. Calibration: C4 documents (``--data``).
@@ -18,7 +18,7 @@ import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -26,14 +26,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphprune import Budget, Calibration, Groups, Plan, Pruned, Scores, calibrate, couple, open_source, propagate, select, trace
-from graphprune.compiler import rewrite
+import graphprune
+from graphprune import Calibration, Plan, calibrate, couple, open_source, propagate, trace
 from graphprune.cost import parameters
 from graphprune.data import read_texts
-from graphprune.default import REPAIR
+from graphprune.default import CALIBRATED
 from graphprune.evaluate import perplexity
-from graphprune.facts import Emission, Example, Notes
-from graphprune.pipeline import Facts, Pass, find_pass, run
 from graphprune.source import find_smollm2
 
 BLOCKS = ("self_attn", "mlp")
@@ -41,84 +39,66 @@ BLOCKS = ("self_attn", "mlp")
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. ``repair`` are passes after the cut, ``before`` passes on scores or budget."""
+    """One line of the table: arguments of ``graphprune.compile``, which without a method takes its default."""
 
     name: str
-    method: str
-    repair: tuple[str, ...] = ()
-    before: tuple[str, ...] = ()
+    method: str | None = None
+    passes: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ("ffn",)
-    scope: str = "local"
+    scope: str | None = None
     alike: bool = False
-    mix: str = "c4"
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
-ENDS = ("protect_ends:first=4:last=2",)
-TAYLOR = Row("first-order Taylor, first 4 and last 2 layers spared", "taylor", before=ENDS)
+ENDS = "protect_ends:first=4:last=2"
+BIAS = "mean_bias:add=true"
+TAYLOR = Row("first-order Taylor, first 4 and last 2 layers spared", "taylor", (ENDS,))
 METHODS = (
     TAYLOR,
-    Row("random", "random", before=ENDS),
-    Row("L2", "magnitude", before=ENDS),
-    Row("LLM-Pruner vector", "llm_pruner:order=vector", before=ENDS),
-    Row("LLM-Pruner second", "llm_pruner:order=second", before=ENDS),
-    Row("LLM-Pruner mixed", "llm_pruner:order=mixed", before=ENDS),
-    Row("LLM-Pruner first, product", "llm_pruner:aggregate=product", before=ENDS),
-    Row("LLM-Pruner first, max", "llm_pruner:aggregate=max", before=ENDS),
-    Row("LLM-Pruner first, last-only", "llm_pruner:aggregate=last-only", before=ENDS),
-    Row("group Fisher", "fisher", before=ENDS),
+    Row("random", "random", (ENDS,)),
+    Row("L2", "magnitude", (ENDS,)),
+    Row("LLM-Pruner vector", "llm_pruner:order=vector", (ENDS,)),
+    Row("LLM-Pruner second", "llm_pruner:order=second", (ENDS,)),
+    Row("LLM-Pruner mixed", "llm_pruner:order=mixed", (ENDS,)),
+    Row("LLM-Pruner first, product", "llm_pruner:aggregate=product", (ENDS,)),
+    Row("LLM-Pruner first, max", "llm_pruner:aggregate=max", (ENDS,)),
+    Row("LLM-Pruner first, last-only", "llm_pruner:aggregate=last-only", (ENDS,)),
+    Row("group Fisher", "fisher", (ENDS,)),
     Row("group Fisher, global", "fisher", scope="global"),
-    Row("Wanda-sp", "wanda_sp", before=ENDS),
-    Row("Wanda-sp, mean bias", "wanda_sp", ("mean_bias:add=true",), before=ENDS),
-    Row("FLAP", "flap", ("mean_bias:add=true",), scope="rank"),
-    Row("FLAP, ends spared", "flap", ("mean_bias:add=true",), before=ENDS),
-    Row("Minitron", "minitron", before=ENDS),
+    Row("Wanda-sp", "wanda_sp", (ENDS,)),
+    Row("Wanda-sp, mean bias", "wanda_sp", (ENDS, BIAS)),
+    Row("FLAP", "flap", (BIAS,), scope="rank"),
+    Row("FLAP, ends spared", "flap", (ENDS, BIAS)),
+    Row("Minitron", "minitron", (ENDS,)),
     Row("first-order Taylor, all layers", "taylor"),
-    Row("first-order Taylor, heads too", "taylor", kinds=("head", "ffn"), before=ENDS),
+    Row("first-order Taylor, heads too", "taylor", (ENDS,), kinds=("head", "ffn")),
 )
-THEN = "least_squares:given=then:drift=0:where=readers:even=false:damping=0.01"
-NOW = "least_squares:given=now:drift=0:where=readers:even=false:damping=0.01"
+READERS = "least_squares:given=then:drift=0:where=readers:even=false"
 ALL = "least_squares:where=all"
-MEASURED = ("sensitivity",)
-DEFAULT = Row("the default", "obs", REPAIR, before=MEASURED, scope="global", kinds=("head", "ffn"), mix="both")
+DEFAULT = Row("the default", kinds=("head", "ffn"))
 STEPS = (
     TAYLOR,
-    Row("+ greedy OBS scores", "obs:gradients=false", before=ENDS),
-    Row("+ errors weighted by gradients", "obs", before=ENDS),
-    Row("+ least squares", "obs", (THEN,), before=ENDS),
-    Row("+ half the calibration self-written", "obs", (THEN,), before=ENDS, mix="both"),
-    Row("+ damping that carries over", "obs", (f"{THEN.removesuffix(':damping=0.01')}",), before=ENDS, mix="both"),
-    Row("+ every weight, towards the original's stream", "obs", (ALL,), before=ENDS, mix="both"),
-    Row("+ widths by the errors", "obs", (ALL,), scope="global", mix="both"),
-    Row("+ heads", "obs", (ALL,), scope="global", kinds=("head", "ffn"), mix="both"),
-    replace(DEFAULT, name="the default but for its last step", repair=REPAIR[:-1]),
+    Row("+ greedy OBS scores", "obs:gradients=false", (ENDS,)),
+    Row("+ errors weighted by gradients", "obs", (ENDS,)),
+    Row("+ least squares", "obs", (ENDS, f"{READERS}:damping=0.01")),
+    Row("+ self-written text", "obs", ("self_written", ENDS, f"{READERS}:damping=0.01")),
+    Row("+ damping that carries over", "obs", ("self_written", ENDS, READERS)),
+    Row("+ every weight, towards the original's stream", "obs", ("self_written", ENDS, ALL)),
+    Row("+ widths by the errors", "obs", ("self_written", ALL), scope="global"),
+    Row("+ heads", "obs", ("self_written", ALL), scope="global", kinds=("head", "ffn")),
+    replace(DEFAULT, name="the default but for its last step", method="obs", scope="global", passes=CALIBRATED.passes[:-1]),
     DEFAULT,
 )
 ALIKE = (
+    TAYLOR,
     Row("first-order Taylor, layers alike", "taylor", alike=True),
     Row("greedy OBS, layers alike", "obs", alike=True),
-    Row("all weights, layers alike", "obs", (ALL,), alike=True),
-    Row("all weights, layers alike, both texts", "obs", (ALL,), alike=True, mix="both"),
+    replace(DEFAULT, name="the default, layers alike", alike=True),
 )
-SEARCH = (
-    TAYLOR,
-    *(Row(f"{name} damping {d}", "obs", (f"{how}:damping={d}",), before=ENDS, mix="both")
-      for name, how in (("all", ALL), ("now", NOW.removesuffix(":damping=0.01"))) for d in (0.01, 0.1, 1)),
-    Row("writers", "obs", ("least_squares",), before=ENDS, mix="both"),
-    Row("all, uneven", "obs", (f"{ALL}:even=false",), before=ENDS, mix="both"),
-    Row("all, outputs only", "obs", (f"{ALL}:drift=0",), before=ENDS, mix="both"),
-    Row("all, measured widths", "obs", (ALL,), before=MEASURED, scope="global", mix="both"),
-    Row("all, measured, heads", "obs", (ALL,), before=MEASURED, scope="global", kinds=("head", "ffn"), mix="both"),
-    Row("all, heads and queries", "obs", (ALL,), scope="global", kinds=("head", "query", "ffn"), mix="both"),
-    Row("all, group Fisher global", "fisher", (ALL,), scope="global", mix="both"),
-    Row("all, self-written", "obs", (ALL,), before=ENDS, mix="self"),
-    Row("all, C4 only", "obs", (ALL,), before=ENDS),
-)  # fmt: skip
-TABLES = {"methods": METHODS, "steps": STEPS, "alike": ALIKE, "search": SEARCH}
+TABLES = {"methods": METHODS, "steps": STEPS, "alike": ALIKE}
 
 
 class Bench:
-    """A model with its texts; scores are kept, since many rows share them."""
+    """A model with its texts."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -129,53 +109,28 @@ class Bench:
         self.calibration_text = str(data / "c4_calibration.jsonl")
         self.axes = propagate(trace(self.model, self.moved(torch.zeros(args.batch, args.length, dtype=torch.long))))
         self.groups = couple(self.axes)
-        self.scored: dict[Any, Scores] = {}
-        self.drawn: dict[tuple[str, int], Calibration] = {}
 
     def moved(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"input_ids": ids.to(self.args.device)}
 
-    def calibration(self, mix: str, seed: int) -> Calibration:
-        """C4, text the model writes itself, or half of each, as many tokens either way."""
-        if (mix, seed) not in self.drawn:
-            spec = {"c4": self.calibration_text, "self": "self", "both": f"{self.calibration_text}+self"}[mix]
-            a = self.args
-            drawn = calibrate(spec, self.source, samples=a.samples, length=a.length, batch=a.batch, seed=seed)
-            self.drawn[mix, seed] = replace(drawn, inputs=tuple(self.moved(batch["input_ids"]) for batch in drawn.inputs))
-        return self.drawn[mix, seed]
+    def calibration(self, seed: int) -> Calibration:
+        a = self.args
+        drawn = calibrate(self.calibration_text, self.source, samples=a.samples, length=a.length, batch=a.batch, seed=seed)
+        return replace(drawn, inputs=tuple(self.moved(batch["input_ids"]) for batch in drawn.inputs))
 
-    def facts(self, row: Row, keep: float, seed: int) -> Facts:
-        groups = replace(self.groups, groups=tuple(g for g in self.groups if g.kind in row.kinds))
-        calibration = self.calibration(row.mix, seed)
-        budget = Budget(self.share(groups, keep), scope=row.scope, kinds=row.kinds, alike=row.alike)
-        return {
-            nn.Module: self.model, Groups: groups, Calibration: calibration, Budget: budget,
-            Example: Example(calibration.inputs[0]), Emission: Emission(verify=self.args.verify), Notes: Notes([]),
-        }  # fmt: skip
-
-    def share(self, groups: Groups, keep: float) -> float:
-        """The share of the parameters of the chosen groups that leaves ``keep`` of all attention and FFN parameters."""
-        inner = {m.name for g in groups for m in g.members if m.name in self.axes.trace.parameters}
+    def share(self, kinds: Sequence[str], keep: float) -> float:
+        """The share of the parameters of the groups of some kinds that leaves ``keep`` of all attention and FFN parameters."""
+        inner = {m.name for g in self.groups if g.kind in kinds for m in g.members if m.name in self.axes.trace.parameters}
         every = [name for name in self.axes.trace.parameters if any(block in name for block in BLOCKS)]
         whole = parameters(self.axes, {}, every)
         return 1 - (1 - keep) * whole / parameters(self.axes, {}, sorted(inner))
 
-    def scores(self, row: Row, facts: Facts, seed: int) -> Scores:
-        """What the method and the passes on its scores make of the units."""
-        steps = [find_pass(row.method), *(p for p in map(find_pass, row.before) if p.makes is Scores)]
-        key = (row.method, tuple(p.name for p in steps), row.kinds, row.mix, seed)
-        if key not in self.scored:
-            self.scored[key] = run(steps, facts)[Scores]
-        return self.scored[key]
-
     def prune(self, row: Row, keep: float, seed: int) -> tuple[nn.Module, Plan]:
-        torch.manual_seed(seed)
-        facts = self.facts(row, keep, seed)
-        facts[Scores] = self.scores(row, facts, seed)
-        budgets = [p for p in map(find_pass, row.before) if p.makes is Budget]
-        found = run([*budgets, Pass(select), Pass(rewrite), *map(find_pass, row.repair)], facts)
-        pruned: Pruned = found[Pruned]
-        return pruned.model, found[Plan]
+        result = graphprune.compile(
+            self.model, keep=self.share(row.kinds, keep), method=row.method, kinds=row.kinds, scope=row.scope, alike=row.alike,
+            passes=row.passes, calibration=self.calibration(seed), seed=seed, verify=self.args.verify,
+        )  # fmt: skip
+        return result.model, result.plan
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         tokenizer, limit = self.source.tokenizer(), self.args.windows

@@ -152,11 +152,11 @@ def given_back(size: int) -> Iterator[None]:
 def _map_apart(size: int) -> None:
     """Map at least so many bytes apart; 32 MiB is where glibc would end by itself.
 
-    It would let the heap's end lie idle up to twice that before it shrinks it. Once told anything it shrinks, and asks the
+    Left alone it lets as much and more lie idle at the end of the heap. Once told anything it shrinks the heap, and asks the
     system for, each tensor that comes and goes there.
     """
     _tell("mallopt", MAP_APART, size)
-    _tell("mallopt", HAND_BACK, 2 * size)
+    _tell("mallopt", HAND_BACK, size)
 
 
 def _tell(function: str, *arguments: int) -> None:
