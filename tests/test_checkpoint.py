@@ -133,6 +133,25 @@ def test_a_plain_module_is_told_the_versions_of_its_layers(tmp_path: Path) -> No
     assert graphprune.load(tmp_path / "out", build())[0].out_features == 4
 
 
+class Silent(nn.Sequential):
+    """A model whose own way to load returns nothing, as some have it."""
+
+    def load_state_dict(self, *given: Any, **named: Any) -> Any:
+        super().load_state_dict(*given, **named)
+
+
+def test_a_plain_module_loads_its_own_way_and_another_is_refused(tmp_path: Path) -> None:
+    def build(*more: nn.Module) -> nn.Module:
+        return Silent(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3), *more)
+
+    result = graphprune.compile(build(), x := torch.randn(2, 6), keep=0.5)
+    graphprune.save(result, tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(graphprune.load(tmp_path / "out", build())(x), result.model(x))
+    with pytest.raises(UserMistake, match="holds another model"):
+        graphprune.load(tmp_path / "out", build(nn.Linear(3, 3)))
+
+
 class Unusual(nn.Module):
     """A state that is not all tensors, a buffer inside another, and complex angles that no checkpoint holds."""
 
