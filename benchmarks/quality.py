@@ -98,7 +98,7 @@ TABLES = {"methods": METHODS, "steps": STEPS, "alike": ALIKE}
 
 
 class Bench:
-    """A model with its texts."""
+    """A model with its texts: those to measure on, and one to calibrate on for each seed."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -106,16 +106,16 @@ class Bench:
         self.model = self.source.model.eval().requires_grad_(False)
         data = Path(args.data)
         self.texts = {"C4": read_texts(str(data / "c4_development.jsonl")), "pydoc": ["\n\n".join(topics.values())]}
-        self.calibration_text = str(data / "c4_calibration.jsonl")
+        self.calibrations = [self.drawn(str(data / "c4_calibration.jsonl"), seed) for seed in range(args.seeds)]
         self.axes = propagate(trace(self.model, self.moved(torch.zeros(args.batch, args.length, dtype=torch.long))))
         self.groups = couple(self.axes)
 
     def moved(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"input_ids": ids.to(self.args.device)}
 
-    def calibration(self, seed: int) -> Calibration:
+    def drawn(self, text: str, seed: int) -> Calibration:
         a = self.args
-        drawn = calibrate(self.calibration_text, self.source, samples=a.samples, length=a.length, batch=a.batch, seed=seed)
+        drawn = calibrate(text, self.source, samples=a.samples, length=a.length, batch=a.batch, seed=seed)
         return replace(drawn, inputs=tuple(self.moved(batch["input_ids"]) for batch in drawn.inputs))
 
     def share(self, kinds: Sequence[str], keep: float) -> float:
@@ -128,7 +128,7 @@ class Bench:
     def prune(self, row: Row, keep: float, seed: int) -> tuple[nn.Module, Plan]:
         result = graphprune.compile(
             self.model, keep=self.share(row.kinds, keep), method=row.method, kinds=row.kinds, scope=row.scope, alike=row.alike,
-            passes=row.passes, calibration=self.calibration(seed), seed=seed, verify=self.args.verify,
+            passes=row.passes, calibration=self.calibrations[seed], seed=seed, verify=self.args.verify,
         )  # fmt: skip
         return result.model, result.plan
 
@@ -202,9 +202,8 @@ def main() -> None:
     parse.add_argument("--verify", action="store_true")
     parse.add_argument("--list", action="store_true")
     args = parse.parse_args()
-    rows = list(dict.fromkeys(row.name for name in args.rows or ["methods"] for row in TABLES[name]))
-    chosen = {row.name: row for name in args.rows or ["methods"] for row in TABLES[name]}
-    picked = [chosen[name] for i, name in enumerate(rows) if not args.only or i == 0 or re.search(args.only, name)]
+    rows = dict.fromkeys(row for name in args.rows or ["methods"] for row in TABLES[name])
+    picked = [row for i, row in enumerate(rows) if not args.only or i == 0 or re.search(args.only, row.name)]
     if args.list:
         print("\n".join(str(row) for row in picked))
         return

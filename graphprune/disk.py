@@ -152,8 +152,8 @@ def given_back(size: int) -> Iterator[None]:
 def _map_apart(size: int) -> None:
     """Map at least so many bytes apart; 32 MiB is where glibc would end by itself.
 
-    Left alone it lets as much and more lie idle at the end of the heap. Once told anything it shrinks the heap, and asks the
-    system for, each tensor that comes and goes there.
+    As much may lie idle at the end of the heap. Left alone glibc raises both; told of one it leaves the other at 128 KiB, and
+    each tensor that is freed there goes back to the system only to be asked for anew.
     """
     _tell("mallopt", MAP_APART, size)
     _tell("mallopt", HAND_BACK, size)

@@ -191,9 +191,13 @@ def test_a_pass_of_ones_own_and_the_order_of_passes() -> None:
         graphprune.compile(llama(), {"input_ids": tokens()}, method="magnitude:q=3")
 
 
-@pytest.mark.parametrize("x", [torch.zeros(2, 6), torch.randn(2, 6)])
+ONE_BY_ONE = torch.linspace(0.2, 1.8, 12).reshape(2, 6)
+
+
+@pytest.mark.parametrize("x", [torch.zeros(2, 6), ONE_BY_ONE, -ONE_BY_ONE], ids=["all zero", "alive", "nothing passes the ReLU"])
 def test_a_wrong_cut_is_seen_whatever_the_example_inputs_are(x: Tensor) -> None:
     model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False))
+    nn.init.uniform_(model[0].weight)
     groups = graphprune.couple(graphprune.propagate(graphprune.trace(model, x)))
     tensors, keep = tensors_of(model, groups.axes.trace), {group.factor: range(4) for group in groups}
     cut = smaller(groups.axes, tensors, keep)

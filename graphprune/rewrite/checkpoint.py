@@ -206,9 +206,10 @@ def _load_plain(path: Path, record: dict[str, Any], model: nn.Module | None) -> 
         )
     reshaped.reshape(model, record)
     state = OrderedDict(load_file(path / WEIGHTS))
-    state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]  # versions that loading hooks ask for
-    tied = model.state_dict().keys() - _distinct(model).keys()
-    if others := (state.keys() ^ model.state_dict().keys()) - tied:
+    wanted = model.state_dict()
+    state._metadata = wanted._metadata  # type: ignore[attr-defined]  # versions that loading hooks ask for
+    tied = wanted.keys() - _distinct(model).keys()
+    if others := (state.keys() ^ wanted.keys()) - tied:
         raise UserMistake(f"{path} holds another model", why=f"tensors differ: {sorted(others)[:3]}")
     model.load_state_dict(state, strict=False)
     return model
