@@ -1,10 +1,12 @@
 """graphprune: a compiler that makes PyTorch models physically smaller."""
 
 from graphprune._version import __version__
-from graphprune.capture import language_loss, see_gradients, see_inputs
+from graphprune.budget import Budget
+from graphprune.capture import see_inputs
 from graphprune.compiler import Result, compile, rewrite
 from graphprune.data import Calibration, calibrate
 from graphprune.facts import Pruned
+from graphprune.gradients import language_loss, see_gradients
 from graphprune.groups import Group, Groups, couple
 from graphprune.masks import Matrix, Moments, Norms, Pattern, Sparse, lowest, sparsify
 from graphprune.output import save
@@ -15,7 +17,7 @@ from graphprune.recover import recover
 from graphprune.replay import replay
 from graphprune.rewrite.checkpoint import load
 from graphprune.score import Scores, combine, gather_units, score, to_units
-from graphprune.select import Budget, select
+from graphprune.select import select
 from graphprune.source import open_source
 from graphprune.streamed import compile_streamed
 from graphprune.trace import Trace, trace

@@ -19,8 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from graphprune.data import decode, inference
 from graphprune.errors import ModelLimit, UserMistake
+from graphprune.written import decode, inference
 
 SHORT, LONG = 3, 11
 """Two lengths of text; what the cache grows by between them is what a token costs."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graphprune.axes import Keep
+from graphprune.budget import Budget
 from graphprune.data import Calibration
 from graphprune.default import default_for
 from graphprune.depth import as_groups, rewrite_pieces, select_pieces
@@ -32,7 +33,7 @@ from graphprune.propagate import Axes, propagate
 from graphprune.rewrite.graph import PrunedGraph, Smaller, smaller
 from graphprune.rewrite.module import copy_cut, emit_module, over
 from graphprune.rewrite.stock import stock_config
-from graphprune.select import Budget, select
+from graphprune.select import select
 from graphprune.trace import Inputs, Trace, trace
 from graphprune.verify import Reference, check_traced, checked, close, computes, decodes, reference
 

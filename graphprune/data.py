@@ -9,11 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from inspect import signature
 from itertools import zip_longest
 from pathlib import Path
 from random import Random
@@ -22,13 +20,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from graphprune.errors import ModelLimit, UserMistake, first_line, nearest
+from graphprune.errors import UserMistake, first_line, nearest
+from graphprune.written import ordinary_ids, special_ids, start_token, written
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 SPLITS = ("train", "validation", "test")
-SAMPLED_AT_ONCE = 64
-PIECE = 128
-"""Tokens of a self-written piece: what comes later costs more to write and says less that is new."""
 
 SHORTEST_LINE = 64
 """Lines under this many characters say nothing about where a text comes from."""
@@ -127,56 +123,6 @@ def refuse_overlap(calibration: Calibration, texts: Iterable[str], tolerance: fl
         )
 
 
-@contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; each module gets its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def decode(model: nn.Module, prompt: Tensor, choose: Callable[[Tensor], Tensor], tokens: int) -> Tensor:
-    """``prompt`` (rows, n) with ``tokens`` more, each chosen from float32 logits (rows, vocabulary).
-
-    Runs with a KV cache where the model has one.
-    """
-    cached = "past_key_values" in signature(model.forward).parameters
-    ids = fed = prompt
-    cache = None
-    with inference(model):
-        for _ in range(tokens):
-            out = model(fed, past_key_values=cache, use_cache=True) if cached else model(fed)
-            chosen = choose(logits_of(out)[:, -1].float())[:, None].to(ids.device)
-            ids = torch.cat([ids, chosen], dim=1)
-            cache = getattr(out, "past_key_values", None)
-            fed = ids if cache is None else chosen
-    return ids
-
-
-def logits_of(output: Any) -> Tensor:
-    """What a language model predicts, (rows, tokens, vocabulary): ``logits`` by name, the first of several, or the only output."""
-    if isinstance(output, Mapping):
-        output = output.get("logits", next(iter(output.values()), None))
-    found = getattr(output, "logits", output)
-    found = found[0] if isinstance(found, tuple | list) and found else found
-    if not isinstance(found, Tensor) or found.ndim != 3:
-        raise ModelLimit("not a language model: it gives no logits (rows, tokens, vocabulary)")
-    return found
-
-
-def ordinary_ids(vocabulary: int, special: Iterable[int], shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
-    """Random token ids, none of them special."""
-    allowed = torch.ones(vocabulary, dtype=torch.bool)
-    allowed[[token for token in special if 0 <= token < vocabulary]] = False
-    ordinary = allowed.nonzero().flatten()
-    return ordinary[torch.randint(len(ordinary), shape, generator=draw)]
-
-
 def _check_sizes(source: Feed, **sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
@@ -207,60 +153,8 @@ def _rows(spec: str, source: Feed, samples: int, length: int, seed: int) -> tupl
     if spec == "random":
         draw = torch.Generator().manual_seed(seed)
         config = source.config
-        return ordinary_ids(config.vocab_size, _special(config), (samples, length), draw), []
+        return ordinary_ids(config.vocab_size, special_ids(config), (samples, length), draw), []
     return _crops(read_texts(spec), source.tokenizer(), samples, length, seed)
-
-
-def written(model: nn.Module, config: Any, samples: int, length: int, seed: int = 0) -> Tensor:
-    """Sequences (samples, length) that a language model itself writes at temperature 1, each packed from pieces of 128 tokens.
-
-    The first, third, … piece begins with its beginning-of-sequence token, if it has one, the others with a token at random, as in
-    LLM-QAT (arXiv 2305.17888): what a model says of its own accord is narrower than what it knows. Raises UserMistake when it
-    cannot.
-    """
-    device = next(model.parameters()).device
-    if device.type == "meta" or getattr(config, "is_encoder_decoder", False):
-        why = "its weights are not loaded" if device.type == "meta" else "it needs an input to answer"
-        raise UserMistake("the model cannot write its own calibration text", why=why, fix="calibrate on a text, or on random ids")
-    draw = torch.Generator().manual_seed(seed)
-    tokens = min(PIECE, length)
-    pieces = samples * -(-length // tokens)
-    first = ordinary_ids(config.vocab_size, _special(config), (pieces, 1), draw)
-    start = _named_start(config)
-    if start is not None:
-        first[::2] = start
-    prompts = torch.split(first.to(device), SAMPLED_AT_ONCE)
-    rows = torch.cat([decode(model, prompt, lambda logits: _sampled(logits, draw), tokens - 1).cpu() for prompt in prompts])
-    return rows.reshape(samples, -1)[:, :length]
-
-
-def _sampled(logits: Tensor, draw: torch.Generator) -> Tensor:
-    """One token (rows,) by each row's probabilities: where their running sum passes a number drawn for it."""
-    passed = logits.softmax(-1).cpu().cumsum(-1)
-    if not passed[:, -1].isfinite().all():
-        raise ModelLimit("the model writes no text: its logits are not finite", fix="load it in float32")
-    drawn = torch.rand(len(passed), 1, generator=draw) * passed[:, -1:]
-    return torch.searchsorted(passed, drawn, right=True)[:, 0].clamp_max(passed.shape[1] - 1)
-
-
-def _start_token(config: Any) -> int:
-    start = _named_start(config)
-    if start is None:
-        raise UserMistake("the model names no token to begin with", fix="calibrate on random ids")
-    return start
-
-
-def _named_start(config: Any) -> int | None:
-    for name in ("bos_token_id", "decoder_start_token_id", "eos_token_id"):
-        token = getattr(config, name, None)
-        if token is not None:
-            return int(token[0] if isinstance(token, list | tuple) else token)
-    return None
-
-
-def _special(config: Any) -> list[int]:
-    named = [value for name, value in config.to_dict().items() if name.endswith(("token_id", "token_index"))]
-    return [token for value in named for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)]
 
 
 def _crops(texts: list[str], tokenizer: Any, samples: int, length: int, seed: int) -> tuple[Tensor, list[str]]:
@@ -292,7 +186,7 @@ def _as_inputs(source: Feed, ids: Tensor) -> dict[str, Tensor]:
     """Token ids as keyword inputs; a decoder is fed the same text, one token late."""
     if not getattr(source.config, "is_encoder_decoder", False):
         return {"input_ids": ids}
-    start = torch.full_like(ids[:, :1], _start_token(source.config))
+    start = torch.full_like(ids[:, :1], start_token(source.config))
     return {"input_ids": ids, "decoder_input_ids": torch.cat([start, ids[:, :-1]], dim=1)}
 
 

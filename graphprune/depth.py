@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from graphprune.budget import Budget, for_kind
 from graphprune.cost import MEASURES, cost
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.execute import tensors_of
@@ -26,7 +27,6 @@ from graphprune.rewrite.module import adopt
 from graphprune.rewrite.reshaped import Elements
 from graphprune.rewrite.shallow import shrink_depth
 from graphprune.score import Scores
-from graphprune.select import Budget, for_kind
 from graphprune.verify import close, reference
 
 COUNTED = ("parameters", "bytes", "flops")

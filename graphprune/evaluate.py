@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from graphprune.data import Calibration, decode, inference, logits_of, refuse_overlap, tokenize
+from graphprune.data import Calibration, refuse_overlap, tokenize
 from graphprune.errors import UserMistake, nearest
+from graphprune.written import decode, inference, logits_of
 
 
 @dataclass(frozen=True, slots=True)

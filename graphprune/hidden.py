@@ -19,9 +19,9 @@ from graphprune.errors import HiddenSize
 from graphprune.execute import tensors_of
 from graphprune.facts import Example
 from graphprune.groups import Group, Groups
+from graphprune.levers import signature
 from graphprune.rewrite.graph import smaller
 from graphprune.rewrite.module import copy_cut, emit_module
-from graphprune.select import signature
 from graphprune.verify import computes, reference
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers import PreTrainedConfig
 
-from graphprune.data import ordinary_ids
 from graphprune.errors import ModelLimit, UserMistake, first_line
 from graphprune.repeat import Repeats
 from graphprune.trace import exportable
+from graphprune.written import ordinary_ids
 
 FAKE_LOG = "torch._subclasses.fake_tensor"
 BATCHES = (2, 3, 5, 7, 11)

@@ -11,8 +11,8 @@ from rich.table import Column, Table
 
 from graphprune.cost import parameter_count
 from graphprune.groups import Group, Groups
+from graphprune.levers import signature
 from graphprune.pieces import Layers
-from graphprune.select import signature
 
 
 def tables(found: Sequence[Groups]) -> tuple[Table, Table]:

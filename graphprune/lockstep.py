@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from graphprune.abreast import Abreast
 from graphprune.axes import Axis, Keep
 from graphprune.calls import PASSING, given_arguments, operation
 from graphprune.disk import put
-from graphprune.execute import Abreast
 from graphprune.matrices import Contracted, Product, products
 from graphprune.propagate import Axes
 from graphprune.rewrite.graph import cut, resized_graph

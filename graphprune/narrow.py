@@ -10,11 +10,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from graphprune.axes import Keep
+from graphprune.budget import Budget, allowed_kinds, for_kind
 from graphprune.errors import ModelLimit
 from graphprune.facts import Emission, Notes
 from graphprune.groups import Groups
 from graphprune.rewrite.stock import each_obviously_expressible, expressible, obviously_expressible
-from graphprune.select import Budget, allowed_kinds, for_kind
 
 TRIED_STEPS = 8
 """How many roundings are tried to find sizes a config accepts."""

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
-from itertools import count
 from typing import Any
 
 import torch
@@ -20,17 +19,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from transformers.pytorch_utils import Conv1D
 
-from graphprune.data import Calibration, inference, logits_of, tokenize, written
 from graphprune.divergence import divergence
 from graphprune.errors import UserMistake, nearest
+from graphprune.examples import IGNORED, Data, Example, batches, collate, read_examples
 from graphprune.pipeline import Progress
 from graphprune.ranks import add_gradients, dealt, told
-
-IGNORED = -100
-"""The label of a token that is not to be learnt."""
-
-Data = Calibration | Sequence[str] | Sequence[Mapping[str, Any]]
-"""Token batches, documents, or instructions: mappings with ``prompt`` and ``response``, or Alpaca's three fields."""
+from graphprune.written import inference, logits_of, written
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,96 +115,6 @@ def recipe_of(preset: str, settings: Mapping[str, Any]) -> Recipe:
     return replace(PRESETS[preset], **settings)
 
 
-# ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One sequence: token ids and labels, both (tokens,); a label of −100 is not learnt."""
-
-    ids: Tensor
-    labels: Tensor
-
-
-def read_examples(data: Data, tokenizer: Any, length: int) -> list[Example]:
-    """Token sequences of at most ``length``. Raises UserMistake where there is nothing to learn."""
-    if isinstance(data, Calibration):
-        found = [Example(row[:length], row[:length]) for batch in data.batches for row in batch]
-    elif all(isinstance(item, str) for item in data):
-        found = _windows([str(item) for item in data], _needed(tokenizer), length)
-    elif all(isinstance(item, Mapping) and "input_ids" in item for item in data):
-        found = [example for item in data for example in _given(item, length)]  # type: ignore[arg-type]
-    else:
-        found = [_instruction(item, _needed(tokenizer), length) for item in data]  # type: ignore[arg-type]
-    kept = [example for example in found if bool((example.labels[1:] != IGNORED).any())]
-    if not kept:
-        raise UserMistake("there is nothing to learn from", why=f"no sequence of up to {length} tokens has a token to predict")
-    return kept
-
-
-def _needed(tokenizer: Any) -> Any:
-    if tokenizer is None:
-        raise UserMistake("text needs a tokenizer", fix="recover(…, tokenizer=source.tokenizer())")
-    return tokenizer
-
-
-def _given(inputs: Mapping[str, Tensor], length: int) -> Iterator[Example]:
-    labels = inputs.get("labels", inputs["input_ids"])
-    for ids, wanted in zip(inputs["input_ids"], labels, strict=True):
-        yield Example(ids[:length], wanted[:length])
-
-
-def _windows(texts: Iterable[str], tokenizer: Any, length: int) -> list[Example]:
-    """Documents, each ended by the end-of-text token, in one row, cut; what is left over is dropped."""
-    end = [] if tokenizer.eos_token_id is None else [torch.tensor([tokenizer.eos_token_id])]
-    stream = torch.cat([part for text in texts for part in (tokenize(tokenizer, text), *end)])
-    return [Example(ids, ids) for ids in torch.split(stream, length) if len(ids) == length]
-
-
-def _instruction(record: Mapping[str, str], tokenizer: Any, length: int) -> Example:
-    """A prompt and its answer; only the answer and the end of text are learnt."""
-    prompt, answer = _prompt(record)
-    asked, said = tokenize(tokenizer, prompt), tokenize(tokenizer, answer)
-    if tokenizer.eos_token_id is not None:
-        said = torch.cat([said, torch.tensor([tokenizer.eos_token_id])])
-    ids = torch.cat([asked, said])
-    return Example(ids[:length], torch.cat([torch.full_like(asked, IGNORED), said])[:length])
-
-
-def _prompt(record: Mapping[str, str]) -> tuple[str, str]:
-    if "prompt" in record and "response" in record:
-        return record["prompt"], record["response"]
-    if "instruction" not in record or "output" not in record:
-        raise UserMistake(f"no instruction: {sorted(record)}", fix="prompt and response, or instruction, input and output")
-    given = f"### Input:\n{record['input']}\n\n" if record.get("input") else ""
-    return f"### Instruction:\n{record['instruction']}\n\n{given}### Response:\n", record["output"]
-
-
-def _collate(examples: Sequence[Example], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-    """Inputs (rows, tokens), padded on the right, and labels."""
-    longest = max(len(example.ids) for example in examples)
-    short = [longest - len(example.ids) for example in examples]
-    ids = torch.stack([pad(example.ids, (0, gap)) for example, gap in zip(examples, short, strict=True)])
-    labels = torch.stack([pad(example.labels, (0, gap), value=IGNORED) for example, gap in zip(examples, short, strict=True)])
-    inputs = {"input_ids": ids.to(device)}
-    if any(short):
-        inputs["attention_mask"] = (torch.arange(longest) < longest - torch.tensor(short)[:, None]).long().to(device)
-    return inputs, labels.to(device)
-
-
-def _batches(pools: Sequence[Sequence[Example]], recipe: Recipe) -> Iterator[list[Example]]:
-    """As many of each pool in every batch, each shuffled anew when it is through, for as long as anybody asks."""
-    draws = [_shuffled(pool, recipe.seed + i) for i, pool in enumerate(pools)]
-    for begin in count(step=recipe.batch):
-        yield [next(draws[place % len(draws)]) for place in range(begin, begin + recipe.batch)]
-
-
-def _shuffled(examples: Sequence[Example], seed: int) -> Iterator[Example]:
-    draw = torch.Generator().manual_seed(seed)
-    while True:
-        yield from (examples[i] for i in torch.randperm(len(examples), generator=draw).tolist())
-
-
 # ── what trains ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -278,7 +182,7 @@ def _train(
     optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, betas=(0.9, recipe.beta2), weight_decay=recipe.decay)
     total, tokens = _steps(len(pools) * len(pools[0]), recipe), 0
     student.train()
-    for step, chosen in enumerate(_batches(pools, recipe)):
+    for step, chosen in enumerate(batches(pools, recipe.batch, recipe.seed)):
         spent = max(step / total, told(time.monotonic() - begun) / 60 / recipe.minutes if recipe.minutes else 0.0)
         if spent >= 1:
             return
@@ -289,7 +193,7 @@ def _train(
         loss = 0.0
         mine = dealt(chosen)
         for start in range(0, len(mine), recipe.micro):
-            inputs, labels = _collate(mine[start : start + recipe.micro], device)
+            inputs, labels = collate(mine[start : start + recipe.micro], device)
             part = _loss(student, teacher, inputs, labels, recipe) / wanted
             part.backward()  # type: ignore[no-untyped-call]
             loss += float(part.detach())

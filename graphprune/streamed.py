@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from graphprune.axes import Keep
+from graphprune.budget import Budget
 from graphprune.calls import all_arguments
 from graphprune.compiler import seeded, traced, with_extras
 from graphprune.data import Calibration
@@ -33,7 +34,7 @@ from graphprune.rewrite.config import fit
 from graphprune.rewrite.graph import resized_graph
 from graphprune.rewrite.stock import numbers, saved_shapes, shapes_after
 from graphprune.rewrite.stream import copy_rest, shared, write_cut
-from graphprune.select import Budget, select
+from graphprune.select import select
 from graphprune.source import open_source, quiet
 from graphprune.trace import Inputs, Trace, trace
 

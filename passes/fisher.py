@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from graphprune import Calibration, Groups, Scores, see_gradients, to_units
-from graphprune.capture import one_by_one, readers
+from graphprune.capture import readers
+from graphprune.gradients import one_by_one
 from graphprune.ranks import dealt, summed
 
 

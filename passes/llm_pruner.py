@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from graphprune import Calibration, Groups, Scores, combine, gather_units, see_gradients
-from graphprune.capture import one_by_one
 from graphprune.errors import UserMistake, nearest
+from graphprune.gradients import one_by_one
 from graphprune.ranks import dealt, summed
 from graphprune.score import profile
 

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from graphprune import Calibration, Pruned, see_gradients
-from graphprune.capture import language_loss, one_by_one
-from graphprune.data import inference
 from graphprune.disk import put
 from graphprune.errors import UserMistake
 from graphprune.facts import Notes
+from graphprune.gradients import language_loss, one_by_one
 from graphprune.ranks import dealt, summed, whole
 from graphprune.rewrite.graph import PrunedGraph
+from graphprune.written import inference
 
 TRIED = 4
 """Sequences on which lengths are tried."""

@@ -29,8 +29,10 @@ from torch import Tensor, fx, nn
 from transformers.pytorch_utils import Conv1D
 
 from graphprune import Axes, Calibration, Group, Groups, Scores
-from graphprune.capture import fitted, reading, see_output_gradients
-from graphprune.execute import Abreast, tensors_of
+from graphprune.abreast import Abreast
+from graphprune.capture import fitted, reading
+from graphprune.execute import tensors_of
+from graphprune.gradients import see_output_gradients
 from graphprune.matrices import Contracted, Product, products
 from graphprune.pipeline import find_pass, run
 

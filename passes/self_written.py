@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from graphprune import Calibration
-from graphprune.data import mixed, written
+from graphprune.data import mixed
+from graphprune.written import written
 
 
 def self_written(model: nn.Module, calibration: Calibration, *, most: int = 32) -> Calibration:

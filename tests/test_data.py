@@ -19,9 +19,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from graphprune.data import Calibration, calibrate, decode, inference, read_texts, refuse_overlap
+from graphprune.data import Calibration, calibrate, read_texts, refuse_overlap
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.source import Source
+from graphprune.written import decode, inference
 
 WORDS = [f"w{i}" for i in range(60)]
 VOCABULARY = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}

@@ -13,10 +13,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import graphprune
 from graphprune import Calibration
-from graphprune.data import written
 from graphprune.divergence import divergence
 from graphprune.errors import UserMistake
-from graphprune.recover import IGNORED, Example, Recipe, _batches, linear_names, read_examples, recipe_of, recover
+from graphprune.examples import IGNORED, Example, batches, read_examples
+from graphprune.recover import Recipe, linear_names, recipe_of, recover
+from graphprune.written import written
 
 
 class Letters:
@@ -143,7 +144,7 @@ def test_only_answers_move_the_model() -> None:
 
 def test_batches_hold_as_much_of_each_pool_and_all_of_it_in_turn() -> None:
     pools = [[Example(torch.tensor([kind, i]), torch.tensor([kind, i])) for i in range(size)] for kind, size in ((0, 6), (1, 3))]
-    drawn = [[tuple(e.ids.tolist()) for e in batch] for batch in islice(_batches(pools, Recipe(batch=4)), 6)]
+    drawn = [[tuple(e.ids.tolist()) for e in batch] for batch in islice(batches(pools, 4, 0), 6)]
     assert all(sum(kind for kind, _ in batch) == 2 for batch in drawn)
     small = [i for batch in drawn for kind, i in batch if kind == 1]
     assert [sorted(small[start : start + 3]) for start in range(0, 12, 3)] == [[0, 1, 2]] * 4

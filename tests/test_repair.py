@@ -15,9 +15,9 @@ from torch.nn.functional import cross_entropy
 
 import graphprune
 from graphprune import Calibration, Result
-from graphprune.capture import language_loss
 from graphprune.data import mixed
 from graphprune.errors import ModelLimit, UserMistake
+from graphprune.gradients import language_loss
 from graphprune.normal import add_square, packed
 
 LAYERS, FFN, KV, SPAN = 3, 18, 2, 12

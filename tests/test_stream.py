@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import graphprune
-from graphprune import disk, execute
+from graphprune import abreast, disk
 from graphprune.cli import main
 from graphprune.disk import Checkpoint, OnDisk, put
 from graphprune.errors import GraphpruneError
@@ -148,7 +148,7 @@ def drawn(rows: int = 6) -> graphprune.Calibration:
 def test_scores_and_repairs_from_disk_are_those_from_memory(
     tmp_path: Path, method: str, repair: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(execute, "STRETCH", 20_000)
+    monkeypatch.setattr(abreast, "STRETCH", 20_000)
     source = saved(tmp_path / "model", tied=method == "flap")
     options: dict[str, Any] = {"keep": 0.6, "method": method, "calibration": drawn(), "passes": repair}
     result = compile_streamed(source, tmp_path / "out", **options)
@@ -180,7 +180,7 @@ def test_a_stretch_reads_no_more_than_its_limit_and_ends_where_little_is_alive(t
     axes = graphprune.propagate(graphprune.trace(opened.model, opened.example_inputs()))
     sizes = {t.name: t.dtype.itemsize * torch.Size(t.shape).numel() for t in axes.trace.tensors.values()}
     nodes = list(axes.trace.graph.nodes)
-    walk = execute.Abreast(axes.trace, Checkpoint(source), [], nodes)
+    walk = abreast.Abreast(axes.trace, Checkpoint(source), [], nodes)
     for limit in (20_000, 60_000, 10**9):
         stretches = list(walk.stretches(nodes, limit))
         assert [node for stretch in stretches for node in stretch] == nodes
@@ -195,7 +195,7 @@ def test_a_stretch_reads_no_more_than_its_limit_and_ends_where_little_is_alive(t
             held.append(sum(t.numel() * t.element_size() for t in running.tensors.now.values()))
             return super().__getitem__(name)
 
-    running = execute.Abreast(axes.trace, Counted(tensors_of), [axes.trace.flatten(opened.example_inputs())] * 2, nodes)
+    running = abreast.Abreast(axes.trace, Counted(tensors_of), [axes.trace.flatten(opened.example_inputs())] * 2, nodes)
     for stretch in running.stretches(nodes, 60_000):
         running.run(stretch)
     assert max(held) <= 60_000

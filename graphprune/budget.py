@@ -1,0 +1,82 @@
+"""A person's wishes in, a Budget out: what may stay, of which kinds, in which multiples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from graphprune.cost import MEASURES
+from graphprune.errors import UserMistake, nearest
+from graphprune.groups import KINDS, Group, Groups
+
+WIDE = {4096: 64, 512: 16}
+"""What kept FFN widths are multiples of unless a budget says otherwise, by the least width it is for."""
+
+ALIASES = {"attention": ("head",), "heads": ("head",), "width": ("hidden",), "all": KINDS}
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much may stay, and under which rules.
+
+    ``keep`` is a share of the parameters of the groups of the allowed kinds, or of the whole ``model``. ``target`` takes its place:
+    shares of the whole model's ``parameters``, ``bytes`` of weights, ``flops``, ``kv`` (bytes of cached keys and values) or
+    ``latency`` (measured on this machine, of a forward of the traced sizes) that may stay, all of them. ``kinds`` None means
+    attention heads and FFN channels where there is attention, everything otherwise. ``round_to`` makes kept sizes multiples; a
+    kind it does not name gets what hardware likes, ``WIDE``, as long as that does not put the budget out of reach. ``minimum``
+    bounds sizes below, ``alike`` makes equal layers shrink alike, ``protect`` names (globs, modules, tensors, groups) what must
+    not change.
+    """
+
+    keep: float = 0.8
+    keep_of: str = "groups"
+    scope: str = "local"
+    kinds: Sequence[str] | None = None
+    protect: Sequence[str] = ()
+    round_to: int | Mapping[str, int] | None = None
+    minimum: int | Mapping[str, int] = 1
+    alike: bool = False
+    target: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise UserMistake(f"keep must be above 0 and at most 1, not {self.keep}", fix="0.8 keeps 80 %")
+        scopes = ("local", "global", "rank")
+        for name, value, choices in (("keep_of", self.keep_of, ("groups", "model")), ("scope", self.scope, scopes)):
+            if value not in choices:
+                raise UserMistake(f"{name} cannot be {value!r}", fix=nearest(value, choices))
+        for name, share in self.target.items():
+            if name not in MEASURES:
+                raise UserMistake(f"no budget is called {name!r}", fix=nearest(name, MEASURES))
+            if not 0 < share <= 1:
+                raise UserMistake(f"a target of {name} must be above 0 and at most 1, not {share}", fix=f"{name}=0.8 keeps 80 %")
+
+    def multiple(self, group: Group) -> int:
+        """What kept sizes of a group are multiples of."""
+        if isinstance(self.round_to, int) or group.kind in (self.round_to or {}) or group.kind != "ffn":
+            return for_kind(self.round_to, group.kind)
+        return next((multiple for least, multiple in WIDE.items() if group.size >= least), 1)
+
+    def as_asked(self, kinds: Iterable[str]) -> Budget:
+        """The same for these kinds with no rounding but what was asked for."""
+        asked = isinstance(self.round_to, int)
+        return self if asked else replace(self, round_to={kind: for_kind(self.round_to, kind) for kind in kinds})
+
+
+def allowed_kinds(groups: Groups, kinds: Sequence[str] | None) -> tuple[str, ...]:
+    """The kinds a budget ranges over. Raises UserMistake on a kind this model lacks."""
+    present = groups.kinds
+    if kinds is None:
+        return tuple(kind for kind in ("head", "ffn") if kind in present) if "head" in present else tuple(present)
+    asked = [kind for name in kinds for kind in ALIASES.get(name, (name,))]
+    for kind in asked:
+        if kind not in KINDS:
+            raise UserMistake(f"no kind of group is called {kind!r}", fix=nearest(kind, [*KINDS, *ALIASES]))
+    if not set(asked) & set(present):
+        raise UserMistake(f"this model has no prunable {' or '.join(asked)}", fix=f"it has {', '.join(present) or 'none'}")
+    return tuple(dict.fromkeys(kind for kind in asked if kind in present))
+
+
+def for_kind(setting: int | Mapping[str, int] | None, kind: str) -> int:
+    """A setting given once for all kinds or kind by kind; 1 where it is not given."""
+    return setting if isinstance(setting, int) else int((setting or {}).get(kind, 1))
