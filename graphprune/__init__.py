@@ -8,7 +8,7 @@ from graphprune.data import Calibration, calibrate
 from graphprune.facts import Pruned
 from graphprune.gradients import language_loss, see_gradients
 from graphprune.groups import Group, Groups, couple
-from graphprune.masks import Matrix, Moments, Norms, Pattern, Sparse, lowest, sparsify
+from graphprune.masks import sparsify
 from graphprune.output import save
 from graphprune.pieces import Layers, branches, layers
 from graphprune.plan import Plan, load_plan
@@ -19,6 +19,7 @@ from graphprune.rewrite.checkpoint import load
 from graphprune.score import Scores, combine, gather_units, score, to_units
 from graphprune.select import select
 from graphprune.source import open_source
+from graphprune.sparse import Matrix, Moments, Norms, Pattern, Sparse, lowest
 from graphprune.streamed import compile_streamed
 from graphprune.trace import Trace, trace
 from graphprune.training import Penalty, Successive, become, shrink

@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from transformers import PreTrainedConfig
 
 from graphprune.errors import ModelLimit, UserMistake, first_line
+from graphprune.exportable import exportable
 from graphprune.repeat import Repeats
-from graphprune.trace import exportable
 from graphprune.written import ordinary_ids
 
 FAKE_LOG = "torch._subclasses.fake_tensor"

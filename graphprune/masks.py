@@ -7,97 +7,32 @@ layers before it really send, for one forward pass in all, whatever the architec
 
 from __future__ import annotations
 
-import re
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import gcd
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graphprune.data import Calibration
-from graphprune.errors import ModelLimit, UserMistake
+from graphprune.errors import UserMistake
 from graphprune.execute import tensors_of
+from graphprune.exportable import exportable
 from graphprune.inputs import guess_inputs
+from graphprune.masking import Masking, statistics_of
 from graphprune.matrices import Product, ends, products
 from graphprune.pipeline import Pass, Progress, find_pass
-from graphprune.propagate import propagate, source_line
-from graphprune.trace import Inputs, Trace, exportable, trace
+from graphprune.propagate import propagate
+from graphprune.sparse import Pattern, Sparse, pattern_of
+from graphprune.trace import Inputs, Trace, trace
 
 Batches = Calibration | Sequence[Mapping[str, Tensor]]
 MASKS = {"magnitude": "magnitude_mask"}
 """Mask methods whose plain name belongs to a structured method."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pattern:
-    """How many weights become zero: the share ``zeros`` of them, within every ``of`` consecutive inputs where that is given."""
-
-    zeros: float
-    of: int | None = None
-
-    def __str__(self) -> str:
-        return f"{self.zeros:.0%}" if self.of is None else f"{self.of - self.removed(self.of)}:{self.of}"
-
-    def removed(self, count: int) -> int:
-        """How many of ``count`` weights become zero."""
-        return int(self.zeros * count + 1e-9)
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """A weight as its product sees it: ``values`` (rows, inputs), float32."""
-
-    name: str
-    values: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Norms:
-    """‖X_j‖₂ of every input over all calibration positions: ``values`` (inputs,), float32."""
-
-    values: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Moments:
-    """The mean of x·xᵀ over all calibration positions: ``values`` (inputs, inputs), float64."""
-
-    values: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Sparse:
-    """A matrix with zeros: ``values`` (rows, inputs)."""
-
-    values: Tensor
-
-
-def pattern_of(sparsity: float | None, pattern: str | None) -> Pattern:
-    """A share of zeros, or ``n:m``: n of every m consecutive inputs stay. Raises UserMistake on anything else."""
-    if pattern is not None:
-        found = re.fullmatch(r"(\d+):(\d+)", pattern)
-        if sparsity is not None or found is None or not 0 < int(found[1]) < int(found[2]):
-            raise UserMistake(f"no pattern: {pattern!r}", fix="2:4 keeps 2 of every 4, 4:8 is half as strict; or sparsity=0.5")
-        return Pattern(1 - int(found[1]) / int(found[2]), int(found[2]))
-    share = 0.5 if sparsity is None else sparsity
-    if not 0 <= share < 1:
-        raise UserMistake(f"sparsity is the share of zeros, below 1, not {share}")
-    return Pattern(share)
-
-
-def lowest(saliency: Tensor, pattern: Pattern) -> Tensor:
-    """Which weights go: in each row, or in each ``pattern.of`` of a row, those of lowest saliency. (rows, inputs) → bool."""
-    rows = saliency if pattern.of is None else saliency.reshape(*saliency.shape[:-1], -1, pattern.of)
-    count = pattern.removed(rows.shape[-1])
-    order = rows.argsort(dim=-1, stable=True)[..., :count]
-    return torch.zeros_like(rows, dtype=torch.bool).scatter_(-1, order, True).reshape(saliency.shape)
 
 
 def sparsify(
@@ -123,8 +58,8 @@ def sparsify(
     """
     shape = pattern_of(sparsity, pattern)
     step = find_mask(method, **(options or {}))
-    batches = _batches(model, calibration, example_inputs, needed=bool(_statistics(step)))
-    sparse = deepcopy(model)
+    batches = _batches(model, calibration, example_inputs, needed=bool(statistics_of(step)))
+    sparse, say = deepcopy(model), progress or _silent
     with _sorted_experts(sparse), exportable(sparse):
         axes = propagate(trace(sparse, batches[0]))
         chosen, spared = _choose(products(axes, routed=True), axes.trace, ends(axes), skip, shape)
@@ -132,8 +67,8 @@ def sparsify(
             why = "; ".join(f"{name}: {reason}" for name, reason in list(spared.items())[:3])
             raise UserMistake("no weight can be made sparse", why=why or "no product with a weight was found")
         for name, reason in spared.items():
-            _say(progress, f"{name} stays dense: {reason}")
-        _Walk(axes.trace, tensors_of(sparse, axes.trace), chosen, step, shape, sequential, progress).run(batches)
+            say(f"{name} stays dense: {reason}")
+        Masking(axes.trace, tensors_of(sparse, axes.trace), chosen, step, shape, sequential, say).run(batches)
     return semi_structured_copy(sparse) if semi_structured else sparse
 
 
@@ -167,13 +102,8 @@ def find_mask(method: str | Callable[..., Any] | Pass, **options: Any) -> Pass:
     return found
 
 
-def _statistics(step: Pass) -> set[type]:
-    return set(step.needs.values()) & {Norms, Moments}
-
-
-def _say(progress: Progress | None, line: str) -> None:
-    if progress is not None:
-        progress(line)
+def _silent(line: str) -> None:
+    """Nobody is told."""
 
 
 # ── inputs ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -225,135 +155,6 @@ def _choose(
         if product.weight not in dense:
             chosen.append(product)
     return chosen, dense
-
-
-# ── the walk ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class _Walk:
-    """All batches abreast, node by node; a weight is made sparse when the last product with it is reached."""
-
-    def __init__(
-        self,
-        traced: Trace,
-        tensors: Mapping[str, Tensor],
-        chosen: Sequence[Product],
-        step: Pass,
-        pattern: Pattern,
-        sequential: bool,
-        progress: Progress | None,
-    ) -> None:
-        self.trace, self.tensors, self.step, self.pattern = traced, tensors, step, pattern
-        self.sequential, self.progress = sequential, progress
-        self.wanted = _statistics(step)
-        self.at: dict[fx.Node, list[Product]] = defaultdict(list)
-        for product in chosen:
-            self.at[product.node].append(product)
-        self.waiting = Counter(product.weight for product in chosen)
-        self.sums: dict[str, dict[type, Tensor]] = defaultdict(dict)
-        self.counts: Counter[str] = Counter()
-        self.shared: tuple[tuple[fx.Node, Any], dict[type, Tensor], int] | None = None
-
-    @torch.no_grad()
-    def run(self, batches: Sequence[Any]) -> None:
-        flat = [self.trace.flatten(batch) for batch in batches] if self.wanted else []
-        envs: list[dict[str, Any]] = [dict(zip(self.trace.inputs, values, strict=True)) for values in flat]
-        late: list[Product] = []
-        dying = _last_uses(self.trace.graph)
-        for node in self.trace.graph.nodes:
-            for product in self.at.get(node, ()):
-                self._measure(product, envs)
-                if not self.waiting[product.weight]:
-                    if self.sequential:
-                        self._apply(product)
-                    else:
-                        late.append(product)
-            if not self.waiting.total():
-                break
-            for env in envs:
-                self._execute(node, env)
-                for dead in dying[node]:
-                    env.pop(dead.name, None)
-        for product in late:
-            self._apply(product)
-
-    def _execute(self, node: fx.Node, env: dict[str, Any]) -> None:
-        if node.op == "call_function":
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: self._fetch(operand, env))
-            env[node.name] = node.target(*args, **kwargs)  # type: ignore[operator]
-
-    def _fetch(self, node: fx.Node, env: dict[str, Any]) -> Any:
-        return env[node.name] if node.name in env else self.tensors[self.trace.tensors[node.name].name]
-
-    def _measure(self, product: Product, envs: Sequence[dict[str, Any]]) -> None:
-        """Add what flows into a product to its weight's sums. Products that read one value share the work."""
-        self.waiting[product.weight] -= 1
-        if not self.wanted:
-            return
-        key = product.operand, product.layout
-        if self.shared is None or self.shared[0] != key:
-            self.shared = key, *self._sums(product, envs)
-        _, sums, count = self.shared
-        for kind, total in sums.items():
-            before = self.sums[product.weight].get(kind)
-            self.sums[product.weight][kind] = total if before is None else before + total
-        self.counts[product.weight] += count
-
-    def _sums(self, product: Product, envs: Sequence[dict[str, Any]]) -> tuple[dict[type, Tensor], int]:
-        sums: dict[type, Any] = defaultdict(int)
-        count = 0
-        for env in envs:
-            value = self._fetch(product.operand, env)
-            if not bool(value.isfinite().all()):
-                raise ModelLimit("a value in the model is not finite", at=source_line(product.node), fix="load it in float32")
-            stops = None if product.stops is None else self._fetch(product.stops, env).tolist()
-            parts = _parts(product, value, stops)
-            count += sum(part.shape[0] for part in parts)
-            if Norms in self.wanted:
-                sums[Norms] = sums[Norms] + torch.stack([part.square().sum(0, dtype=torch.float64) for part in parts])
-            if Moments in self.wanted:
-                sums[Moments] = sums[Moments] + torch.stack([(part.mT @ part).double() for part in parts])
-        return dict(sums), count
-
-    def _apply(self, product: Product) -> None:
-        weight = self.tensors[product.weight]
-        stack = product.layout.matrix(weight).float()
-        made = torch.stack([self._sparse(product.weight, place, stack[place]) for place in range(len(stack))])
-        weight.copy_(product.layout.restored(made, weight))
-        self.sums.pop(product.weight, None)
-        _say(self.progress, f"{product.weight}  {float((made == 0).double().mean()):.1%} zeros")
-
-    def _sparse(self, name: str, place: int, values: Tensor) -> Tensor:
-        facts: dict[type, Any] = {Matrix: Matrix(name, values), Pattern: self.pattern}
-        sums = self.sums.get(name, {})
-        if Norms in sums:
-            facts[Norms] = Norms(_or_plain(sums[Norms][place].sqrt()).float())
-        if Moments in sums:
-            facts[Moments] = Moments(_or_plain(sums[Moments][place] / self.counts[name]))
-        made: Sparse = self.step(facts)
-        return made.values
-
-
-def _parts(product: Product, value: Tensor, stops: Sequence[int] | None) -> list[Tensor]:
-    """The input vectors (positions, inputs) of each matrix in the batch, float32."""
-    if stops is None:
-        return list(product.layout.vectors(value).float())
-    return [value[start:stop].float() for start, stop in zip((0, *stops), stops, strict=False)]
-
-
-def _or_plain(statistic: Tensor) -> Tensor:
-    """A matrix that nothing reached (an expert never chosen) is judged by its weights alone."""
-    if bool(statistic.any()):
-        return statistic
-    return torch.ones_like(statistic) if statistic.ndim == 1 else torch.eye(len(statistic)).to(statistic)
-
-
-def _last_uses(graph: fx.Graph) -> Mapping[fx.Node, list[fx.Node]]:
-    last = {operand: node for node in graph.nodes for operand in node.all_input_nodes}
-    dying: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-    for operand, node in last.items():
-        dying[node].append(operand)
-    return dying
 
 
 # ── kernels ──────────────────────────────────────────────────────────────────────────────────────────────────────────

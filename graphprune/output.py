@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 from graphprune.compiler import Result
 from graphprune.depth import without_elements
 from graphprune.errors import ModelLimit, UserMistake
+from graphprune.exportable import exportable
 from graphprune.facts import Example
 from graphprune.rewrite.checkpoint import PLAN, complete_or_nothing, load, save_differing, save_plain, save_stock
 from graphprune.rewrite.graph import PrunedGraph
 from graphprune.source import Source, quiet
-from graphprune.trace import as_call, exportable, open_sizes
+from graphprune.trace import as_call, open_sizes
 from graphprune.verify import Reference, close, leaves, same_draws
 
 PROGRAM = "model.pt2"

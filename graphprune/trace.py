@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from io import StringIO
 from itertools import chain
@@ -17,11 +17,11 @@ from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
-from transformers import PreTrainedModel
 
-from graphprune.calls import takes_part, writes
 from graphprune.composed import write_out_composed
 from graphprune.errors import ModelLimit, UserMistake, first_line
+from graphprune.exportable import exportable
+from graphprune.inline import inline
 from graphprune.known import Known, agrees, casts_that_do_nothing, without_checks
 from graphprune.memory import lent
 from graphprune.repeat import Repeats, unwritten, write_out
@@ -29,10 +29,6 @@ from graphprune.slices import as_slices
 from graphprune.withheld import Withheld
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
-INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "tag_activation_checkpoint", "wrap")
-"""Higher-order regions that run their body once, unchanged: their bodies become part of the flat graph."""
-
-CASTS = (torch.ops.aten.to, torch.ops.aten._to_copy, torch.ops.aten.type_as)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,54 +203,6 @@ def _as_trace(
     return Trace(type(model).__name__, flat, tensors, tuple(users), example, constants, in_spec, out_spec, lent(flat.graph))
 
 
-@contextmanager
-def exportable(model: nn.Module, batched: bool = True) -> Iterator[None]:
-    """Evaluation mode, no key-value cache among the outputs, experts as ``batched`` products: what export needs, then undone."""
-    with ExitStack() as undo:
-        training = [module for module in model.modules() if module.training]
-        for module in training:
-            undo.callback(setattr, module, "training", True)
-            module.training = False
-        for config in _configs(model):
-            if getattr(config, "use_cache", None):
-                undo.callback(setattr, config, "use_cache", config.use_cache)
-                config.use_cache = False
-        undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        torch.backends.mha.set_fastpath_enabled(False)
-        if batched and loops_over_experts(model):
-            undo.enter_context(_batched_experts(model))
-        yield
-
-
-def _configs(model: nn.Module) -> list[Any]:
-    """The transformers configurations in use anywhere in the model."""
-    found = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
-    return list(found.values())
-
-
-def loops_over_experts(model: nn.Module) -> bool:
-    """Whether a transformers mixture of experts loops over data-dependent expert sets, which cannot be exported; batched it can."""
-    own = getattr(getattr(model, "config", None), "_experts_implementation", None)
-    can = isinstance(model, PreTrainedModel) and any(_has_experts(module) for module in model.modules())
-    return can and own not in ("batched_mm", "grouped_mm")
-
-
-def _has_experts(module: Any) -> bool:
-    """Whether transformers can tell this model another way to run its experts."""
-    return isinstance(module, PreTrainedModel) and module._can_set_experts_implementation()
-
-
-@contextmanager
-def _batched_experts(model: Any) -> Iterator[None]:
-    before = getattr(getattr(model, "config", None), "_experts_implementation", None)
-    model.set_experts_implementation("batched_mm")
-    try:
-        yield
-    finally:
-        if before is not None:
-            model.set_experts_implementation(before)
-
-
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool) -> ExportedProgram:
     if dynamic:
         try:
@@ -314,72 +262,3 @@ def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
         for name, tensor in own:
             names.setdefault(id(tensor), []).append(name)
     return {name: tuple(shared) for shared in names.values() for name in shared}
-
-
-# ── flattening higher-order regions ──────────────────────────────────────────────────────────────────────────────────
-
-
-def inline(module: fx.GraphModule) -> fx.GraphModule:
-    """The same computation with every run-once region spliced into one flat graph."""
-    flat = fx.Graph()
-    places = {node: _placed(flat, node) for node in module.graph.nodes if node.op == "placeholder"}
-    flat.output(_splice(module, flat, places))
-    flat.eliminate_dead_code(is_impure_node=lambda node: node.op != "get_attr")
-    return fx.GraphModule(module, flat)
-
-
-def _placed(flat: fx.Graph, node: fx.Node) -> fx.Node:
-    """A placeholder's copy; its name may differ (``input`` is taken), what the program called it stays known."""
-    copy = flat.node_copy(node)
-    copy.meta = {**node.meta, "called": node.name}
-    return copy
-
-
-def _splice(module: fx.GraphModule, flat: fx.Graph, values: dict[fx.Node, Any], casts: bool = False) -> Any:
-    """Copy the nodes of ``module`` into ``flat``, given its placeholders' values; returns what ``module`` returns.
-
-    ``casts`` where operations cast their operands as autocast has it.
-    """
-    for node in module.graph.nodes:
-        if node.op == "output":
-            return fx.map_arg(node.args[0], values.__getitem__)
-        if _is_region(node):
-            values[node] = _splice_region(module, node, flat, values, casts)
-        elif takes_part(node) and isinstance(values[node.args[0]], tuple | list):
-            values[node] = values[node.args[0]][node.args[1]]
-        elif node.op != "placeholder":
-            values[node] = flat.node_copy(node, values.__getitem__)
-            if casts:
-                _cast_operands(values[node])
-    raise AssertionError("a graph without an output node")
-
-
-def _is_region(node: fx.Node) -> bool:
-    return node.op == "call_function" and getattr(node.target, "__name__", "") in INLINED
-
-
-def _splice_region(module: fx.GraphModule, node: fx.Node, flat: fx.Graph, values: dict[fx.Node, Any], casts: bool) -> Any:
-    place = next(i for i, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr")
-    body = module.get_submodule(str(node.args[place].target))  # type: ignore[union-attr]
-    assert isinstance(body, fx.GraphModule)
-    operands = [fx.map_arg(operand, values.__getitem__) for operand in node.args[place + 1 :]]
-    holders = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
-    if "autocast" in str(node.target):
-        casts = bool(node.args[2])
-    return _splice(body, flat, dict(zip(holders, operands, strict=True)), casts)
-
-
-def _cast_operands(node: fx.Node) -> None:
-    """The casts of an operation under autocast, written out: its operands take the precision of its result."""
-    target, value = node.target, node.meta.get("val")
-    if not isinstance(target, torch._ops.OpOverload) or target.overloadpacket in CASTS or not isinstance(value, Tensor):
-        return
-    if writes(target) or not value.is_floating_point():
-        return
-    for operand in node.all_input_nodes:
-        given = operand.meta.get("val")
-        if isinstance(given, Tensor) and given.is_floating_point() and given.dtype not in (value.dtype, torch.float64):
-            with node.graph.inserting_before(node):
-                cast = node.graph.call_function(torch.ops.aten.to.dtype, (operand, value.dtype))
-            cast.meta = {**node.meta, "val": given.to(value.dtype)}
-            node.replace_input_with(operand, cast)

@@ -21,11 +21,12 @@ from graphprune.axes import Axis, Keep
 from graphprune.disk import given_back
 from graphprune.errors import ModelLimit, RuleBug
 from graphprune.execute import Edit, execute, execute_all, is_drawn
+from graphprune.exportable import exportable, loops_over_experts
 from graphprune.groups import Groups
 from graphprune.memory import untouched
 from graphprune.propagate import Axes
 from graphprune.rewrite.graph import Smaller, smaller
-from graphprune.trace import Inputs, Trace, as_call, exportable, loops_over_experts
+from graphprune.trace import Inputs, Trace, as_call
 
 SURE = {torch.float64: 1e-9, torch.float32: 2e-6, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """How far two orders of the same operations may drift apart in any model, relative to the largest output."""

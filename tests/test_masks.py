@@ -15,8 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from graphprune import Calibration, Moments, Pattern, Sparse, propagate, sparsify, trace
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.execute import execute, tensors_of
-from graphprune.masks import Matrix, lowest, pattern_of, zeros
+from graphprune.masks import zeros
 from graphprune.matrices import products
+from graphprune.sparse import Matrix, lowest, pattern_of
 
 Rule = Callable[[Tensor, Tensor], Tensor]
 
