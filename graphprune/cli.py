@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -17,10 +16,10 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from graphprune import __version__
 from graphprune.bench import disk_bytes, figures
 from graphprune.compiler import Result, compile
-from graphprune.data import Calibration, calibrate, read_texts
+from graphprune.data import calibrate, read_texts
 from graphprune.default import default_for
 from graphprune.disk import check_fits
-from graphprune.errors import GraphpruneError, UserMistake, nearest
+from graphprune.errors import GraphpruneError, UserMistake
 from graphprune.evaluate import perplexity, published
 from graphprune.groups import couple
 from graphprune.listing import explained, rows, tables
@@ -35,9 +34,10 @@ from graphprune.recover import recover
 from graphprune.replay import replay
 from graphprune.report import Amount, before_after, removals, side_by_side, strips
 from graphprune.rewrite.checkpoint import check_free
-from graphprune.source import Source, open_source
+from graphprune.source import open_source
 from graphprune.streamed import Streamed, compile_streamed
 from graphprune.trace import trace
+from graphprune.words import calibration_for, dtype_of, enable_checkpointing, harness, listed, shares_of
 
 app = typer.Typer(
     help="graphprune makes PyTorch models physically smaller.",
@@ -121,22 +121,22 @@ def compile_(
     asked = [find_pass(spec) for spec in ([method] if method else []) + (extra or [])]
     with _progress() as show:
         show("opening")
-        source = open_source(model, dtype=_dtype(dtype), weights=not stream)
-        default = default_for(source.model, calibration is not None and not stream, _listed(kinds) or (), method)
+        source = open_source(model, dtype=dtype_of(dtype), weights=not stream)
+        default = default_for(source.model, calibration is not None and not stream, listed(kinds) or (), method)
         steps = [*map(find_pass, (default.method, *default.passes)), *asked[bool(method) :]]
         settings: dict[str, Any] = {
-            "keep": keep, "keep_of": keep_of, "method": steps[0], "kinds": _listed(kinds), "scope": scope or default.scope,
+            "keep": keep, "keep_of": keep_of, "method": steps[0], "kinds": listed(kinds), "scope": scope or default.scope,
             "round_to": round_to, "minimum": minimum, "protect": protect or (), "seed": seed, "passes": steps[1:],
-            "target": _shares(target or ()),
+            "target": shares_of(target or ()),
         }  # fmt: skip
         sizes = samples or default.samples, length or default.length
-        text = _calibration(steps, source, calibration, *sizes, batch, seed, show)
+        text = calibration_for(steps, source, calibration, *sizes, batch, seed, show)
         if stream:
             _show(compile_streamed(model, output, **settings, calibration=text, progress=show), output)
             return
         if checkpointing:
-            _enable_checkpointing(source)
-        example = None if text else _inputs(source)
+            enable_checkpointing(source)
+        example = None if text else source.example_inputs()
         result = compile(source.model, example, **settings, alike=alike, emit=emit, verify=verify, calibration=text, progress=show)
         show("saving")
         if leads():
@@ -157,7 +157,7 @@ def inspect(
     with _progress() as show:
         show("tracing")
         source = open_source(model, weights=False)
-        axes = propagate(trace(source.model, _inputs(source)))
+        axes = propagate(trace(source.model, source.example_inputs()))
         found = [couple(axes), layers(axes), branches(axes)]
     if explain:
         out.print(explained(found, explain), markup=False, highlight=False, soft_wrap=True)
@@ -186,9 +186,9 @@ def apply(
         return
     with _progress() as show:
         show("opening")
-        source = open_source(model, dtype=_dtype(dtype))
+        source = open_source(model, dtype=dtype_of(dtype))
         show("pruning")
-        result = replay(source.model, chosen, _inputs(source))
+        result = replay(source.model, chosen, source.example_inputs())
         show("saving")
         save(result, output, source)
     _show(result, output)
@@ -212,11 +212,17 @@ def sparsify_(
     check_free(output)
     with _progress() as show:
         show("opening")
-        source = open_source(model, dtype=_dtype(dtype))
+        source = open_source(model, dtype=dtype_of(dtype))
         show("calibration text")
         text = None if method == "magnitude" else calibrate(calibration, source, samples=samples, length=length, seed=seed)
         sparse = sparsify(
-            source.model, text, method=method, sparsity=sparsity, pattern=pattern, example_inputs=_inputs(source), progress=show
+            source.model,
+            text,
+            method=method,
+            sparsity=sparsity,
+            pattern=pattern,
+            example_inputs=source.example_inputs(),
+            progress=show,
         )
         show("saving")
         save_model(sparse, output, source)
@@ -240,8 +246,8 @@ def recover_(
     _check(model, output)
     with _progress() as show:
         show("opening")
-        source = open_source(model, dtype=_dtype(dtype))
-        tutor = open_source(teacher, dtype=_dtype(dtype)).model if teacher else None
+        source = open_source(model, dtype=dtype_of(dtype))
+        tutor = open_source(teacher, dtype=dtype_of(dtype)).model if teacher else None
         limits = {"minutes": minutes} if minutes else {}
         trained = recover(
             source.model, read_texts(data), teacher=tutor, tokenizer=source.tokenizer(), preset=preset, seed=seed,
@@ -269,15 +275,15 @@ def evaluate(
     """Measure the perplexity of MODEL on a text, or its scores on lm-eval tasks; the protocol is part of the result."""
     if not text and not tasks:
         raise UserMistake("nothing to measure", fix="--text FILE, or --tasks NAME,…")
-    harness = _harness() if tasks else None
-    source = open_source(model, dtype=_dtype(dtype))
+    judge = harness() if tasks else None
+    source = open_source(model, dtype=dtype_of(dtype))
     if text:
         how = published(protocol, source.model) if protocol else None
         found = perplexity(source.model, source.tokenizer(), read_texts(text), length=length, limit=limit, protocol=how)
         out.print(str(found))
-    if harness:
-        scores = harness.evaluate_tasks(
-            source.model, source.tokenizer(), _listed(tasks) or [], include=include, shots=shots, limit=limit
+    if judge:
+        scores = judge.evaluate_tasks(
+            source.model, source.tokenizer(), listed(tasks) or [], include=include, shots=shots, limit=limit
         )
         for task, row in scores.items():
             out.print(f"{task}  {' '.join(f'{name} {value:.4f}' for name, value in row.items())}", markup=False, highlight=False)
@@ -296,7 +302,7 @@ def bench(
     """Time MODELS in turns, while reading and writing, beside the ideal. What is no language model: a forward."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserMistake("no CUDA device here", fix="--device cpu")
-    sources = {name: open_source(name, dtype=_dtype(dtype)) for name in models}
+    sources = {name: open_source(name, dtype=dtype_of(dtype)) for name in models}
     opened = {name: source.model.eval().to(device) for name, source in sources.items()}
     written = all(getattr(model, "can_generate", bool)() for model in opened.values())
     inputs = None if written else next(iter(sources.values())).example_inputs()
@@ -343,63 +349,6 @@ def _check(model: str, output: Path, stream: bool = False) -> None:
         check_free(output)
     if not stream:
         check_fits(model)
-
-
-def _enable_checkpointing(source: Source) -> None:
-    enable = getattr(source.model, "activation_checkpointing_enable", None) or getattr(
-        source.model, "gradient_checkpointing_enable", None
-    )
-    if enable is None:
-        raise UserMistake(f"{type(source.model).__name__} knows no checkpointing", fix="leave out --checkpointing")
-    enable()
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    if name is None:
-        return None
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-    if name not in known:
-        raise UserMistake(f"no dtype {name!r}", fix=nearest(name, known))
-    return known[name]
-
-
-def _harness() -> Any:
-    """The room that needs the extra; a model is opened only when it is there."""
-    try:
-        return importlib.import_module("graphprune.tasks")
-    except ImportError as error:
-        why = f"no module {error.name}"
-        raise UserMistake("lm-eval is not installed", why=why, fix="pip install 'graphprune[tasks]'") from error
-
-
-def _shares(targets: Sequence[str]) -> dict[str, float]:
-    """``latency=0.7`` as a name and a number."""
-    found = {}
-    for target in targets:
-        name, _, share = target.partition("=")
-        try:
-            found[name] = float(share)
-        except ValueError:
-            raise UserMistake(f"{target!r} is no target", fix="write latency=0.7") from None
-    return found
-
-
-def _listed(text: str | None) -> list[str] | None:
-    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _inputs(source: Source) -> Any:
-    return source.example_inputs()
-
-
-def _calibration(
-    steps: Sequence[Any], source: Source, spec: str | None, samples: int, length: int, batch: int, seed: int, show: Any
-) -> Calibration | None:
-    """Calibration data where it is asked for or some pass needs it; a data-free method needs no tokenizer and no text."""
-    if spec is None and not any(Calibration in step.needs.values() for step in steps):
-        return None
-    show("calibration text")
-    return calibrate(spec or "self", source, samples=samples, length=length, batch=batch, seed=seed)
 
 
 def _show(result: Result | Streamed, output: Path) -> None:
