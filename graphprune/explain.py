@@ -11,7 +11,8 @@ from torch import fx
 
 from graphprune.axes import Factor
 from graphprune.errors import UserMistake, nearest
-from graphprune.propagate import Axes, source_line
+from graphprune.meta import source_line
+from graphprune.propagate import Axes
 from graphprune.unify import Reason
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from torch import Tensor, fx
 from graphprune.errors import ModelLimit
 from graphprune.execute import Walk, last_uses
 from graphprune.matrices import Product
+from graphprune.meta import source_line
 from graphprune.pipeline import Pass, Progress
-from graphprune.propagate import source_line
 from graphprune.sparse import Matrix, Moments, Norms, Pattern, Sparse
 from graphprune.trace import Trace
 

@@ -21,7 +21,8 @@ from graphprune.calls import is_check
 from graphprune.dependency import useless
 from graphprune.errors import ModelLimit, UserMistake, nearest
 from graphprune.groups import Frozen, Group, Groups, Member
-from graphprune.propagate import Axes, source_line
+from graphprune.meta import source_line
+from graphprune.propagate import Axes
 from graphprune.unify import Reason
 
 ADDITIONS = ("aten.add.Tensor", "aten.add_.Tensor")

@@ -10,20 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from graphprune.axes import Axis, Factor
 from graphprune.calls import all_arguments, operation, takes_part, written
 from graphprune.computed import computed
 from graphprune.errors import RuleBug
 from graphprune.memory import rewritten
-from graphprune.rules import Literal, Op, Typed, Use, find_rule, is_open
+from graphprune.meta import depends_on_data, is_empty, is_single, number_of, shapes_of, source_line
+from graphprune.rules import Literal, Op, Typed, Use, find_rule
 from graphprune.trace import Trace
 from graphprune.unify import Conflict, Expression, Link, Reason, Solver, resolve
 
 Solve = Callable[[Expression], Axis]
-UNKNOWN = 10_007
-"""Stands for a size that depends on data: prime, and larger than such sizes tend to be."""
 
 
 CHOOSING = ("index", "index_select", "gather")
@@ -148,12 +146,12 @@ class _Walk:
 
     def _constant(self, node: fx.Node) -> Typed:
         """Axes nothing is known about yet: whoever uses a constant says what they are."""
-        return Typed(tuple(map(self.solver.fresh, _shapes(node.meta["val"]))))
+        return Typed(tuple(map(self.solver.fresh, shapes_of(node.meta["val"]))))
 
     def _call(self, node: fx.Node) -> Any:
         if takes_part(node):
             return self._part(node)
-        shapes = _shapes(node.meta.get("val"))
+        shapes = shapes_of(node.meta.get("val"))
         rule = find_rule(node.target)
         if rule is None and shapes is None and not written(node):
             return self._freeze_positions(node, "read as a number")
@@ -165,14 +163,14 @@ class _Walk:
         except Conflict as conflict:
             return self._freeze(node, f"{node.target}: {conflict}")
         except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            if _depends_on_data(node):
+            if depends_on_data(node):
                 return self._freeze(node, "its sizes depend on data")
-            if _is_empty(node):
+            if is_empty(node):
                 return self._freeze(node, "it has no elements")
             error.add_note(f"in the rule of {node.target} at {source_line(node)}")
             raise RuleBug(f"the rule of {node.target} failed: {error!r}") from error
         mismatch = _mismatch(result, shapes)
-        if mismatch and _depends_on_data(node):
+        if mismatch and depends_on_data(node):
             return self._freeze(node, "its sizes depend on data")
         if mismatch:
             raise RuleBug(f"the rule of {node.target} {mismatch}")
@@ -203,7 +201,7 @@ class _Walk:
 
     def _value(self, node: fx.Node) -> Any:
         value = self.values.get(node)
-        return value if value is not None else _number(node.meta.get("val"))
+        return value if value is not None else number_of(node.meta.get("val"))
 
     def _freeze(self, node: fx.Node, why: str) -> Any:
         reason = Reason(why, node)
@@ -211,11 +209,11 @@ class _Walk:
             for typed in _each(self.values.get(operand)):
                 self._pin(typed, reason)
         self._freeze_positions(node, "computed with")
-        shapes = _shapes(node.meta.get("val"))
+        shapes = shapes_of(node.meta.get("val"))
         if shapes is None:
             return None
-        frozen = [self._frozen(shape, reason) for shape in ([shapes] if _single(shapes) else shapes)]
-        return frozen[0] if _single(shapes) else tuple(frozen)
+        frozen = [self._frozen(shape, reason) for shape in ([shapes] if is_single(shapes) else shapes)]
+        return frozen[0] if is_single(shapes) else tuple(frozen)
 
     def _freeze_positions(self, node: fx.Node, what: str, understood: Sequence[Expression | None] = ()) -> None:
         """An index tensor that an op does anything unforeseen with keeps the axis it ranges over from shrinking."""
@@ -288,17 +286,6 @@ class _Walk:
         return least
 
 
-def source_line(node: fx.Node) -> str:
-    """The model's own source line behind a node: ``modeling_x.py:41  q = self.q(x)``."""
-    frames = (node.meta.get("stack_trace") or "").strip().split('File "')[1:]
-    own = [frame for frame in frames if "/torch/" not in frame.split('"')[0]] or frames
-    if not own:
-        return node.name
-    head, _, code = own[-1].partition("\n")
-    path, _, rest = head.partition('", line ')
-    return f"{path.rpartition('/')[2]}:{rest.split(',')[0]}  {code.strip().splitlines()[0] if code.strip() else ''}".rstrip()
-
-
 def _literal(literal: Literal, solve: Solve) -> Literal:
     axes = literal.axes
     if literal.meaning == "sizes":
@@ -324,50 +311,11 @@ def _mismatch(result: Any, shapes: Any) -> str | None:
     """What is wrong with the shapes a rule gives."""
     if shapes is None:
         return None
-    found, expected = list(_each(result)), [shapes] if _single(shapes) else list(shapes)
+    found, expected = list(_each(result)), [shapes] if is_single(shapes) else list(shapes)
     if len(expected) != len(found):
         return f"gives {len(found)} tensors of {len(expected)}"
     wrong = ((t.axes, shape) for t, shape in zip(found, expected, strict=True) if tuple(map(Op.length, t.axes)) != shape)
     return next((f"gives {axes} where the op gives {shape}" for axes, shape in wrong), None)
-
-
-def _single(shapes: Any) -> bool:
-    return all(isinstance(size, int) for size in shapes)
-
-
-def _shapes(value: Any) -> Any:
-    """The shape of a node's value, one for each of several tensors, None where there is no tensor."""
-    if isinstance(value, Tensor):
-        return tuple(_number(size) for size in value.shape)
-    if isinstance(value, tuple | list) and any(isinstance(part, Tensor) for part in value):
-        return tuple(_shapes(part) if isinstance(part, Tensor) else () for part in value)
-    return None
-
-
-def _number(value: Any) -> Any:
-    """A symbolic size as the number it was traced with; one that depends on data as a number no other size has."""
-    if not isinstance(value, torch.SymInt):
-        return value
-    if value.node.hint is not None:
-        return value.node.hint
-    guess = int(value.node.expr.xreplace(dict.fromkeys(value.node.expr.free_symbols, UNKNOWN)))
-    return guess if guess > 0 else UNKNOWN
-
-
-def _depends_on_data(node: fx.Node) -> bool:
-    """Whether a size that no input shape determines takes part."""
-    return any(map(is_open, (size for value in _around(node) for size in (value.shape if isinstance(value, Tensor) else [value]))))
-
-
-def _is_empty(node: fx.Node) -> bool:
-    """Whether a tensor without elements takes part."""
-    return any(isinstance(value, Tensor) and 0 in value.shape for value in _around(node))
-
-
-def _around(node: fx.Node) -> Iterator[Any]:
-    """What a call gives and what it is given, one by one."""
-    for each in (node, *node.all_input_nodes):
-        yield from pytree.tree_leaves(each.meta.get("val"))
 
 
 def _replace(value: Any, lookup: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 import graphprune
 from graphprune.errors import UserMistake
-from graphprune.propagate import source_line
+from graphprune.meta import source_line
 from graphprune.repeat import Repeats
 from graphprune.trace import Trace
 from tests.models import VOCABULARY, tokens

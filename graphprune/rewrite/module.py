@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from graphprune.axes import Axis, Keep
 from graphprune.errors import HiddenSize, first_line, raised_at, raised_inside
-from graphprune.propagate import Axes, source_line
+from graphprune.meta import source_line
+from graphprune.propagate import Axes
 from graphprune.rewrite.attributes import Attributes, attributes_between, is_plain, read, write
 from graphprune.rewrite.guess import (
     Choice,

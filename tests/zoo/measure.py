@@ -11,7 +11,7 @@ from torch import fx
 
 from graphprune.axes import Factor
 from graphprune.groups import Groups
-from graphprune.propagate import source_line
+from graphprune.meta import source_line
 
 HEADS = ("head", "query")
 OUTSIDE = ("model input", "spatial extent")
