@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -27,6 +28,15 @@ Calls = dict[fx.Node, tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 CPU = torch.device("cpu")
+
+PART = 1 << 18
+"""Elements of a weight that are brought to another precision at a time."""
+
+aten = torch.ops.aten
+READS_WEIGHT: Mapping[Any, int] = {
+    aten.embedding.default: 0, aten.linear.default: 1, aten.conv1d.default: 1, aten.conv2d.default: 1, aten.conv3d.default: 1,
+}  # fmt: skip
+"""Operations that need their weight, the argument of this number, in parts only."""
 
 TYPELESS = frozenset({fx.Node, int, float, bool, str, type(None)})
 """Arguments that say nothing of a dtype or a device; by far the most do."""
@@ -138,9 +148,25 @@ class Walk:
 
         if node not in self.calls:
             self.calls[node] = _retyped((node.args, node.kwargs), self.dtype)
+        stored = None if self.dtype is None else self.stored(node)
+        if stored is not None:
+            return _in_parts(node, stored, fetch, self.dtype)
         args, kwargs = fx.map_arg(self.calls[node], fetch)
         value = node.target(*args, **kwargs)  # type: ignore[operator]
         return value.fill_(DRAWN) if self.dtype is not None and is_drawn(node) else value
+
+    def stored(self, node: fx.Node) -> Tensor | None:
+        """The large weight that an operation reads, in the precision it is stored in, where it need not be whole in another."""
+        place = READS_WEIGHT.get(node.target)
+        weight = None if place is None or node.kwargs else node.args[place]
+        if not isinstance(weight, fx.Node) or weight in self.values or weight.name in self.trace.lent:
+            return None
+        if weight.name not in self.trace.tensors or node.args[6:] not in ((), (1,)):
+            return None
+        stored = whole(self.tensors[self.trace.tensors[weight.name].name])
+        if stored.numel() <= PART or stored.dtype == self.dtype or not stored.is_floating_point() or prod(stored.shape[2:]) > 1:
+            return None
+        return stored if self.edit is None else self.edit(node, weight, stored)
 
     def fetch(self, node: fx.Node) -> Any:
         """The value of a node; a weight is read the first time anything asks for it."""
@@ -164,6 +190,21 @@ def finish(walk: Walk, nodes: Iterable[fx.Node], dying: Mapping[fx.Node, Sequenc
             return fx.map_arg(node.args[0], walk.fetch)
         walk.advance(node, dying)
     return None
+
+
+def _in_parts(node: fx.Node, stored: Tensor, fetch: Callable[[fx.Node], Any], dtype: torch.dtype | None) -> Tensor:
+    """A product with a weight of another precision, some rows of it at a time; of a table only the rows that are read."""
+    target: Any = node.target
+    if target is aten.embedding.default:
+        looked_up: Tensor = target(stored, *fx.map_arg(node.args[1:], fetch)).to(dtype)
+        return looked_up
+    given: Any = fx.map_arg((node.args[0], *node.args[2:]), fetch)
+    x, bias, options = given[0], given[1] if len(given) > 1 else None, given[2:]
+    rows = max(1, PART * len(stored) // stored.numel())
+    weights = torch.split(stored, rows)
+    biases = [None] * len(weights) if bias is None else torch.split(bias, rows)
+    made = [target(x, part.to(dtype), own, *options) for part, own in zip(weights, biases, strict=True)]
+    return torch.cat(made, -1 if stored.ndim == 2 else x.ndim - stored.ndim + 1)
 
 
 def is_drawn(node: fx.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -10,13 +11,15 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphprune
 from graphprune.errors import UserMistake
+from graphprune.execute import execute, tensors_of
 from graphprune.meta import source_line
 from graphprune.repeat import Repeats
-from graphprune.trace import Trace
-from tests.models import VOCABULARY, tokens
+from graphprune.trace import Trace, trace
+from tests.models import VOCABULARY, sharpened, tokens
 
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 
@@ -175,3 +178,42 @@ def test_a_chain_of_five_hundred_sums_is_solved() -> None:
 
     groups = graphprune.couple(graphprune.propagate(graphprune.trace(Deep(), torch.randn(2, 6))))
     assert len(groups.groups) == 0
+
+
+class Wide(nn.Module):
+    """A table that is the head too, products with and without a bias, a convolution of one position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(1500, 400)
+        self.up, self.down = nn.Linear(400, 1001), nn.Linear(1001, 400, bias=False)
+        self.mix = nn.Conv1d(400, 900, 1)
+        self.back = nn.Linear(900, 400)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.down(self.up(self.table(ids)).relu())
+        x = self.back(self.mix(x.mT).relu().mT)
+        return nn.functional.linear(x, self.table.weight), self.mix(x[0].mT)
+
+
+class Doubles(TorchDispatchMode):
+    """Remembers how many elements the largest memory of doubles had."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and made.dtype == torch.float64:
+            self.largest = max(self.largest, made.untyped_storage().nbytes() // 8)
+        return made
+
+
+def test_no_large_weight_is_held_whole_in_double_precision() -> None:
+    model, ids = sharpened(Wide()), torch.randint(0, 1500, (2, 5))
+    found = trace(model, ids)
+    tensors = tensors_of(model, found)
+    with Doubles() as seen:
+        made = execute(found, tensors, [ids], dtype=torch.float64)
+    assert seen.largest < min(weight.numel() for weight in model.parameters() if weight.ndim > 1)
+    for mine, theirs in zip(made, copy.deepcopy(model).double()(ids), strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-12, atol=1e-12)
