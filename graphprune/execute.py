@@ -26,7 +26,6 @@ See = Callable[[fx.Node, Any], None]
 Calls = dict[fx.Node, tuple[tuple[Any, ...], dict[str, Any]]]
 """The arguments of each node, literal dtypes and devices replaced, for all walks that are alike in this."""
 
-
 CPU = torch.device("cpu")
 
 PART = 1 << 18
@@ -67,23 +66,7 @@ def execute(
 
     ``dtype`` replaces every floating-point dtype on the way, literal ones included. Values are dropped after their last use.
     """
-    return execute_all(trace, tensors, [inputs], graph=graph, dtype=dtype, edit=edit, see=see)[0]
-
-
-@torch.no_grad()
-def execute_all(
-    trace: Trace,
-    tensors: Mapping[str, Tensor],
-    batches: Sequence[Sequence[Any]],
-    *,
-    graph: fx.Graph | None = None,
-    dtype: torch.dtype | None = None,
-    edit: Edit | None = None,
-    see: See | None = None,
-) -> list[Any]:
-    """``execute`` on several inputs side by side: each weight is read, and brought to ``dtype``, once for all of them."""
-    calls: Calls = {}
-    walks = [Walk(trace, tensors, dict(zip(trace.inputs, flat, strict=True)), dtype, edit, calls) for flat in batches]
+    walk = Walk(trace, tensors, dict(zip(trace.inputs, inputs, strict=True)), dtype, edit)
     nodes = list((graph or trace.graph).nodes)
     dying = last_uses(nodes)
     previous = torch.get_default_dtype()
@@ -91,26 +74,13 @@ def execute_all(
     try:
         for node in nodes:
             if node.op == "output":
-                return [fx.map_arg(node.args[0], walk.fetch) for walk in walks]
-            if len(walks) > 1:
-                _share_weights(node, walks)
-            for walk in walks:
-                walk.advance(node, dying)
-                if see is not None and node.op == "call_function":
-                    see(node, walk.values.get(node))
+                return fx.map_arg(node.args[0], walk.fetch)
+            walk.advance(node, dying)
+            if see is not None and node.op == "call_function":
+                see(node, walk.values.get(node))
     finally:
         torch.set_default_dtype(previous)
     raise AssertionError("a graph without an output node")
-
-
-def _share_weights(node: fx.Node, walks: Sequence[Walk]) -> None:
-    """What the first walk reads of the model for a node, the others need not read again."""
-    for operand in node.all_input_nodes:
-        trace = walks[0].trace
-        if operand.op == "placeholder" and operand.name in trace.tensors and operand.name not in trace.lent:
-            value = walks[0].fetch(operand)
-            for walk in walks[1:]:
-                walk.values[operand] = value
 
 
 class Walk:
@@ -146,11 +116,11 @@ class Walk:
             value = self.fetch(operand)
             return value if self.edit is None else self.edit(node, operand, value)
 
-        if node not in self.calls:
-            self.calls[node] = _retyped((node.args, node.kwargs), self.dtype)
         stored = None if self.dtype is None else self.stored(node)
         if stored is not None:
             return _in_parts(node, stored, fetch, self.dtype)
+        if node not in self.calls:
+            self.calls[node] = _retyped((node.args, node.kwargs), self.dtype)
         args, kwargs = fx.map_arg(self.calls[node], fetch)
         value = node.target(*args, **kwargs)  # type: ignore[operator]
         return value.fill_(DRAWN) if self.dtype is not None and is_drawn(node) else value
@@ -161,11 +131,12 @@ class Walk:
         weight = None if place is None or node.kwargs else node.args[place]
         if not isinstance(weight, fx.Node) or weight in self.values or weight.name in self.trace.lent:
             return None
-        if weight.name not in self.trace.tensors or node.args[6:] not in ((), (1,)):
+        traced = self.trace.tensors.get(weight.name)
+        if traced is None or traced.dtype == self.dtype or not traced.dtype.is_floating_point:
             return None
-        stored = whole(self.tensors[self.trace.tensors[weight.name].name])
-        if stored.numel() <= PART or stored.dtype == self.dtype or not stored.is_floating_point() or prod(stored.shape[2:]) > 1:
+        if prod(traced.shape) <= PART or prod(traced.shape[2:]) > 1 or node.args[6:] not in ((), (1,)):
             return None
+        stored = whole(self.tensors[traced.name])
         return stored if self.edit is None else self.edit(node, weight, stored)
 
     def fetch(self, node: fx.Node) -> Any:

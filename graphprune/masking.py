@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphprune.abreast import Abreast
 from graphprune.errors import ModelLimit
-from graphprune.execute import Walk, last_uses
+from graphprune.execute import Walk
 from graphprune.matrices import Product
 from graphprune.meta import source_line
 from graphprune.pipeline import Pass, Progress
@@ -51,13 +52,12 @@ class Masking:
     def run(self, batches: Sequence[Any]) -> None:
         """Make every chosen weight sparse."""
         flat = [self.trace.flatten(batch) for batch in batches] if self.wanted else []
-        walks = [Walk(self.trace, self.tensors, dict(zip(self.trace.inputs, values, strict=True))) for values in flat]
-        late: list[Product] = []
         nodes = list(self.trace.graph.nodes)
-        dying = last_uses(nodes)
+        abreast = Abreast(self.trace, self.tensors, flat, nodes)
+        late: list[Product] = []
         for node in nodes:
             for product in self.at.get(node, ()):
-                self._measure(product, walks)
+                self._measure(product, abreast.walks)
                 if not self.waiting[product.weight]:
                     if self.sequential:
                         self._apply(product)
@@ -65,8 +65,7 @@ class Masking:
                         late.append(product)
             if not self.waiting.total():
                 break
-            for walk in walks:
-                walk.advance(node, dying)
+            abreast.run([node])
         for product in late:
             self._apply(product)
 

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from graphprune.axes import Axis, Keep
 from graphprune.disk import given_back
 from graphprune.errors import ModelLimit, RuleBug
-from graphprune.execute import Edit, execute, execute_all, is_drawn
+from graphprune.execute import Edit, execute, is_drawn
 from graphprune.exportable import exportable, loops_over_experts
 from graphprune.groups import Groups
 from graphprune.memory import untouched
@@ -104,15 +104,15 @@ def checked(
     exact = {group.factor: keep[group.factor] for group in groups if group.exact and group.factor in keep}
     if not exact or any(tensor.is_meta for tensor in tensors.values()):
         return 0.0, None
-    examples, whole = _examples(inputs), len(exact) == len(keep)
-    worst, outputs = _gap(groups.axes, tensors, examples, exact, cut if whole else None)
-    if worst <= TOLERANCE and not any(tensor.any() for tensor in outputs):
-        examples = [_random(inputs)]
-        worst, _ = _gap(groups.axes, tensors, examples, exact, cut if whole else None)
+    whole, example = len(exact) == len(keep), inputs
+    worst, outputs = _gap(groups.axes, tensors, example, exact, cut if whole else None)
+    if worst <= TOLERANCE and _says_little(inputs, outputs):
+        example = _random(inputs)
+        worst = max(worst, _gap(groups.axes, tensors, example, exact, cut if whole else None)[0])
     if worst > TOLERANCE:
         raise RuleBug(
             f"the smaller model does not compute what the masked original does (difference {worst:.1e})",
-            at=_culprit(groups, tensors, examples, exact),
+            at=_culprit(groups, tensors, example, exact),
             why="an axis rule is wrong for this model; nothing was written",
             fix="protect that group, and please report it",
         )
@@ -123,33 +123,31 @@ def checked(
 def _gap(
     axes: Axes,
     tensors: Mapping[str, Tensor],
-    examples: Sequence[Sequence[Any]],
+    inputs: Sequence[Any],
     keep: Keep,
     cut: Callable[[], Smaller] | None = None,
 ) -> tuple[float, Sequence[Tensor]]:
-    """The largest difference on any example between the smaller computation and the masked original, and what the former
-    gives on the first."""
+    """The difference between the smaller computation and the masked original, and what the former gives."""
     large = max(1 << 20, int(LARGE * sum(tensor.nbytes for tensor in tensors.values())))
     with given_back(large):
-        wanted = execute_all(axes.trace, tensors, examples, dtype=torch.float64, edit=masks(axes, keep))
+        wanted = masked_outputs(axes, tensors, inputs, keep)
     left = smaller(axes, tensors, keep) if cut is None else cut()
     with given_back(large):
-        found = execute_all(axes.trace, left.tensors, examples, graph=left.graph, dtype=torch.float64)
-    worst = max(difference(leaves(mine), leaves(theirs)) for mine, theirs in zip(found, wanted, strict=True))
-    return worst, leaves(found[0])
+        found = leaves(execute(axes.trace, left.tensors, inputs, graph=left.graph, dtype=torch.float64))
+    return difference(found, wanted), found
 
 
-def _culprit(groups: Groups, tensors: Mapping[str, Tensor], examples: Sequence[Sequence[Any]], keep: Keep) -> str:
+def _culprit(groups: Groups, tensors: Mapping[str, Tensor], inputs: Sequence[Any], keep: Keep) -> str:
     alone = ((group.name, {group.factor: keep[group.factor]}) for group in groups if group.factor in keep)
     return next(
-        (name for name, only in alone if _gap(groups.axes, tensors, examples, only)[0] > TOLERANCE), "several groups together"
+        (name for name, only in alone if _gap(groups.axes, tensors, inputs, only)[0] > TOLERANCE), "several groups together"
     )
 
 
-def _examples(inputs: Sequence[Any]) -> list[Sequence[Any]]:
-    """The inputs; where reals among them are all the same number, which hides what is done to them, random ones too."""
+def _says_little(inputs: Sequence[Any], outputs: Sequence[Tensor]) -> bool:
+    """Whether reals that go in are all the same number, which hides what is done to them, or all that comes out is zero."""
     reals = [value.flatten() for value in inputs if isinstance(value, Tensor) and value.is_floating_point()]
-    return [inputs, _random(inputs)] if any(bool((row == row[:1]).all()) for row in reals) else [inputs]
+    return any(bool((row == row[:1]).all()) for row in reals) or not any(tensor.any() for tensor in outputs)
 
 
 def _random(inputs: Sequence[Any]) -> list[Any]:
