@@ -23,7 +23,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 import graphprune
 from graphprune.bench import disk_bytes, kv_cache_bytes_per_token, parameters, speed
 from graphprune.evaluate import continuation, perplexity
-from graphprune.report import Amount, before_after, picture, removals, strips
+from graphprune.picture import picture
+from graphprune.removed import removals
+from graphprune.report import Amount, before_after, strips
 from graphprune.source import find_smollm2
 
 PROMPT = "The three most important things about good bread are"

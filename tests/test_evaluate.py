@@ -18,7 +18,9 @@ from graphprune.bench import Speed, disk_bytes, figures, kv_cache_bytes_per_toke
 from graphprune.data import calibrate, read_texts
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.evaluate import Protocol, continuation, perplexity, published
-from graphprune.report import Amount, Removal, Value, before_after, picture, side_by_side, strips
+from graphprune.picture import picture
+from graphprune.removed import Removal
+from graphprune.report import Amount, Value, before_after, side_by_side, strips
 from graphprune.source import Source, find_smollm2, open_source
 from tests.models import llama
 from tests.test_data import SHARED, document, lines, source, word_tokenizer
