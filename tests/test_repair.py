@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -164,12 +165,14 @@ def test_mean_bias(bert: Any, calibration: Calibration) -> None:
     same(result.model.get_submodule(name).weight, layer.weight[:, kept(result, name)])
 
 
-def test_mean_bias_needs_a_place(llama: Any, calibration: Calibration) -> None:
+def test_mean_bias_needs_a_place(llama: Any, calibration: Calibration, tmp_path: Path) -> None:
     with pytest.raises(ModelLimit, match="no bias"):
         pruned(llama, calibration, "mean_bias")
     result = pruned(llama, calibration, "mean_bias:add=true", alike=True)
     assert result.pruned.config is None and "biases" in (result.pruned.obstacle or "")
     assert result.model.get_submodule(down(0)).bias.shape == (24,)
+    loaded = graphprune.load(graphprune.save(result, tmp_path / "biased")).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in result.model.state_dict().items())
 
 
 class Convolutional(nn.Module):

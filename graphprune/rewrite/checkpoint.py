@@ -91,12 +91,14 @@ def save_plain(model: nn.Module, stock: nn.Module, pruned: Pruned, folder: Path,
 def make_record(model: nn.Module, stock: nn.Module, pruned: Pruned) -> dict[str, Any]:
     """What a stock instance must change to become ``model``: layers, attributes, shapes, and buffers that no checkpoint holds.
 
+    Tensors that are new have a shape too.
+
     ``stock`` has lost the layers already.
     """
     saved = model.state_dict(keep_vars=True)
     before = dict(stock.named_parameters()) | dict(stock.named_buffers())
     after = dict(model.named_parameters()) | dict(model.named_buffers())
-    changed = {name: tensor for name, tensor in after.items() if name in before and tensor.shape != before[name].shape}
+    changed = {name: tensor for name, tensor in after.items() if name not in before or tensor.shape != before[name].shape}
     unsaved = {name: tensor for name, tensor in changed.items() if name not in saved}
     for name, tensor in unsaved.items():
         if tensor.numel() > LARGEST_BUFFER:

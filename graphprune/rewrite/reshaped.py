@@ -15,7 +15,10 @@ Elements = dict[str, list[int]]
 
 
 def reshape(model: nn.Module, record: dict[str, Any]) -> None:
-    """Give ``model`` the layers, attributes, empty tensors of the shapes, and values of unsaved buffers that ``record`` lists."""
+    """Give ``model`` the layers, attributes, empty tensors of the shapes, and values of unsaved buffers that ``record`` lists.
+
+    A tensor that is listed and not there is added.
+    """
     for stack, kept in record.get("elements", {}).items():
         modules = model.get_submodule(stack)._modules
         elements = [modules[str(element)] for element in kept]
@@ -25,6 +28,7 @@ def reshape(model: nn.Module, record: dict[str, Any]) -> None:
         for path, value in attributes.items():
             _set(model.get_submodule(name), path.split("/"), value)
     for name, shape in record["shapes"].items():
+        _add_missing(model, name)
         _exchange(model, name, lambda old, shape=shape: torch.empty(shape, dtype=old.dtype, device=old.device))
     for name, values in record["buffers"].items():
         _exchange(model, name, lambda old, values=values: _filled(old, values))
@@ -58,6 +62,15 @@ def _like(held: Any, value: Any) -> Any:
         return tuple(value) if isinstance(held, tuple) else value
     parts = [_like(old, new) for old, new in zip(held, value, strict=True)]
     return tuple(parts) if isinstance(held, tuple) else parts
+
+
+def _add_missing(model: nn.Module, name: str) -> None:
+    """A parameter that the stock class has not, a bias that a repair added, begins as an empty one like its module's others."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if getattr(owner, leaf, None) is None:
+        like = next(owner.parameters())
+        owner.register_parameter(leaf, nn.Parameter(like.new_empty(0), requires_grad=like.requires_grad))
 
 
 def _exchange(model: nn.Module, name: str, change: Any) -> None:
