@@ -72,20 +72,16 @@ METHODS = (
     Row("first-order Taylor, all layers", "taylor"),
     Row("first-order Taylor, heads too", "taylor", (ENDS,), kinds=("head", "ffn")),
 )
-READERS = "least_squares:given=then:drift=0:where=readers:even=false"
-ALL = "least_squares:where=all"
 DEFAULT = Row("the default", kinds=("head", "ffn"))
+REPAIR = CALIBRATED.passes[2]
 STEPS = (
     TAYLOR,
-    Row("+ greedy OBS scores", "obs:gradients=false", (ENDS,)),
-    Row("+ errors weighted by gradients", "obs", (ENDS,)),
-    Row("+ least squares", "obs", (ENDS, f"{READERS}:damping=0.01")),
-    Row("+ self-written text", "obs", ("self_written", ENDS, f"{READERS}:damping=0.01")),
-    Row("+ damping that carries over", "obs", ("self_written", ENDS, READERS)),
-    Row("+ every weight, towards the original's stream", "obs", ("self_written", ENDS, ALL)),
-    Row("+ widths by the errors", "obs", ("self_written", ALL), scope="global"),
-    Row("+ heads", "obs", ("self_written", ALL), scope="global", kinds=("head", "ffn")),
-    replace(DEFAULT, name="the default but for its last step", method="obs", scope="global", passes=CALIBRATED.passes[:-1]),
+    Row("greedy OBS scores", "obs", (ENDS,)),
+    Row("+ widths by its errors, no layer spared", "obs", scope="global"),
+    Row("+ text that the model writes itself", "obs", ("self_written",), scope="global"),
+    Row("+ least squares", "obs", ("self_written", REPAIR), scope="global"),
+    Row("+ heads", "obs", ("self_written", REPAIR), scope="global", kinds=("head", "ffn")),
+    replace(DEFAULT, name="+ sensitivity: the default but for its last step", method="obs", scope="global", passes=CALIBRATED.passes[:-1]),
     DEFAULT,
 )
 ALIKE = (

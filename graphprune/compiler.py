@@ -32,6 +32,7 @@ from graphprune.plan import Plan
 from graphprune.propagate import Axes, propagate
 from graphprune.rewrite.graph import PrunedGraph, Smaller, smaller
 from graphprune.rewrite.module import copy_cut, emit_module, over
+from graphprune.rewrite.record import remember
 from graphprune.rewrite.stock import stock_config
 from graphprune.select import select
 from graphprune.trace import Inputs, Trace, trace
@@ -113,7 +114,7 @@ def compile(  # noqa: A001  the product's own verb
     stages = with_extras(stages, [find_pass(extra) for extra in (*default.passes, *passes)])
     with _settled():
         facts = _without_hidden(stages, given, progress)
-    pruned: Pruned = facts[Pruned]
+    pruned: Pruned = remember(facts[Pruned], model)
     return Result(pruned.model, facts[Plan], facts[Groups], pruned, tuple(notes), facts)
 
 

@@ -10,12 +10,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from graphprune.compiler import Result
-from graphprune.depth import without_elements
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.exportable import exportable
 from graphprune.facts import Example
-from graphprune.rewrite.checkpoint import PLAN, complete_or_nothing, load, save_differing, save_plain, save_stock
+from graphprune.rewrite.checkpoint import PLAN, complete_or_nothing, load, save_plain, save_transformers
 from graphprune.rewrite.graph import PrunedGraph
+from graphprune.rewrite.record import make_record
 from graphprune.source import Source, quiet
 from graphprune.trace import as_call, open_sizes
 from graphprune.verify import Reference, close, leaves, same_draws
@@ -43,23 +43,21 @@ def save_model(model: nn.Module, out: str | Path, source: Source) -> Path:
     if not isinstance(model, PreTrainedModel):
         raise UserMistake(f"{type(model).__name__} is no transformers model", fix="save its state_dict from Python")
     with complete_or_nothing(out) as folder, quiet():
-        model.save_pretrained(folder)
+        save_transformers(model, folder)
         _copy_tokenizer(source, folder)
     return Path(out)
 
 
 def _write(result: Result, folder: Path) -> None:
     model, pruned, original = result.model, result.pruned, result.facts[nn.Module]
-    if pruned.elements:
-        original = without_elements(original, pruned.elements, renumber=False)
     if isinstance(model, PrunedGraph):
         _save_program(model, result.facts[Example], folder)
     elif not isinstance(model, PreTrainedModel):
-        save_plain(model, original, pruned, folder)
-    elif pruned.config is not None:
-        save_stock(model, folder)
+        save_plain(model, make_record(model, original, pruned), folder)
     else:
-        save_differing(model, original, pruned, folder)
+        if pruned.config is None:
+            model.config.pruned = make_record(model, original, pruned)
+        save_transformers(model, folder)
 
 
 def _save_program(model: PrunedGraph, example: Example, folder: Path) -> None:

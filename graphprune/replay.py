@@ -15,6 +15,7 @@ from graphprune.pieces import WHOLE, Layers, pieces
 from graphprune.pipeline import Facts, Pass, run
 from graphprune.plan import Plan
 from graphprune.propagate import Axes, propagate
+from graphprune.rewrite.record import remember
 from graphprune.trace import Inputs, trace
 
 
@@ -40,5 +41,5 @@ def replay(
     removes_pieces = any(cut.kind in WHOLE for cut in plan.cuts)
     stages = [Pass(whole), Pass(as_groups), Pass(rewrite_pieces)] if removes_pieces else [Pass(couple), Pass(rewrite)]
     facts: dict[Any, Any] = run([Pass(found), *stages], given)
-    pruned: Pruned = facts[Pruned]
+    pruned: Pruned = remember(facts[Pruned], model)
     return Result(pruned.model, plan, facts[Groups], pruned, (), facts)

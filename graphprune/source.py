@@ -29,6 +29,7 @@ from transformers.utils.quantization_config import GgufConfig
 from graphprune.errors import ModelLimit, UserMistake, first_line
 from graphprune.factory import make, siblings, which
 from graphprune.inputs import guess_inputs, named
+from graphprune.rewrite.record import heeding, record_of
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -143,10 +144,15 @@ def _from_checkpoint(path: Path, dtype: torch.dtype | None, weights: bool, devic
     config = _read_config(path)
     folder = path if path.is_dir() else path.parent
     model_class = _model_class(config)
+    sized = heeding(model_class, record_of(config))
     if not weights:
-        return Source(_on_meta(model_class, config, dtype), config, path)
+        model = _on_meta(sized, config, dtype)
+        model.__class__ = model_class
+        return Source(model, config, path)
     _check_weights(folder)
-    model, report = _guarded(folder, model_class.from_pretrained, folder, dtype=dtype or "auto", output_loading_info=True)
+    given = {"dtype": dtype or "auto", "output_loading_info": True, **({} if sized is model_class else {"config": config})}
+    model, report = _guarded(folder, sized.from_pretrained, folder, **given)
+    model.__class__ = model_class
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserMistake(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune.errors import ModelLimit, UserMistake
+from graphprune.output import save_model
 from graphprune.rewrite import checkpoint, module
 from tests.models import Residual, bert, gpt2, llama, residual, sharpened, tokens
 
@@ -82,6 +83,41 @@ def test_layers_that_differ_round_trip_with_and_without_graphprune(build: Any, t
             m.generate(ids, max_new_tokens=5, do_sample=False, use_cache=c) for m, c in ((loaded, True), (result.model, False))
         ]
         assert torch.equal(*written)
+
+
+def same_everywhere(model: Any, folder: Path) -> None:
+    """What a stranger, the package and the command line load computes what the model does."""
+    ids = tokens()
+    code = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    for loaded in (graphprune.load(folder), graphprune.open_source(folder).model, code):
+        with torch.no_grad():
+            torch.testing.assert_close(loaded.eval()(ids).logits, model(ids).logits)
+
+
+def test_a_model_whose_layers_differ_is_a_model(tmp_path: Path) -> None:
+    """It is opened, pruned again, made sparse and saved like any other, from files and in memory."""
+    model, ids = llama(layers=4), {"input_ids": tokens()}
+    first = graphprune.compile(model, ids, keep=0.7, kinds=["ffn"], scope="global", alike=False)
+    assert first.pruned.config is None and not hasattr(model.config, "pruned")
+    graphprune.save(first, tmp_path / "first")
+    opened = graphprune.open_source(tmp_path / "first")
+    assert type(opened.model) is type(model)
+    second = graphprune.compile(opened.model, ids, keep=0.7, kinds=["head"], alike=False, protect=["model.layers.1"])
+    third = graphprune.compile(second.model, ids, keep=0.7, kinds=["layer"])
+    for name, result in (("second", second), ("third", third)):
+        same_everywhere(result.model, graphprune.save(result, tmp_path / name))
+    assert len(third.model.model.layers) < 4
+    code = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "second", trust_remote_code=True).eval()
+    again = graphprune.compile(code, ids, keep=0.9, kinds=["ffn"])
+    same_everywhere(again.model, graphprune.save(again, tmp_path / "again"))
+    sparse = graphprune.sparsify(third.model, None, method="magnitude", example_inputs=ids)
+    source = graphprune.open_source(tmp_path / "third")
+    same_everywhere(sparse, save_model(sparse, tmp_path / "sparse", source))
+    meta = graphprune.open_source(tmp_path / "third", weights=False).model
+    shapes = {name: tuple(tensor.shape) for name, tensor in third.model.named_parameters()}
+    assert {name: tuple(tensor.shape) for name, tensor in meta.named_parameters()} == shapes
+    with pytest.raises(ModelLimit, match="pruned before"):
+        graphprune.compile_streamed(tmp_path / "third", tmp_path / "streamed")
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["by the other layers", "by running with a cache"])
@@ -211,7 +247,7 @@ def test_nothing_is_written_over_or_left_behind(tmp_path: Path, monkeypatch: pyt
 def test_a_checkpoint_that_reloads_differently_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A class that recomputes something at load time must not slip through."""
     result = graphprune.compile(llama(), {"input_ids": tokens()}, keep=0.7)
-    original = checkpoint.save_stock
+    original = checkpoint.save_transformers
 
     def tampered(model: Any, folder: Path) -> None:
         original(model, folder)
@@ -219,7 +255,7 @@ def test_a_checkpoint_that_reloads_differently_is_refused(tmp_path: Path, monkey
         config["rms_norm_eps"] = 0.5
         (folder / "config.json").write_text(json.dumps(config))
 
-    monkeypatch.setattr("graphprune.output.save_stock", tampered)
+    monkeypatch.setattr("graphprune.output.save_transformers", tampered)
     with pytest.raises(ModelLimit, match="does not compute"):
         graphprune.save(result, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -18,19 +18,17 @@ from uuid import uuid4
 
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import Tensor, contiguous_format, nn, view_as_real
+from torch import Tensor, contiguous_format, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from graphprune.errors import ModelLimit, UserMistake, first_line
-from graphprune.facts import Pruned
 from graphprune.rewrite import reshaped
+from graphprune.rewrite.record import Record, heeding, record_of
 
 RECORD = "graphprune.json"
 PLAN = "graphprune_plan.json"
 MODELLING = "modeling_pruned"
 WEIGHTS = "model.safetensors"
-LARGEST_BUFFER = 65536
-"""Elements of an unsaved buffer that a record may carry."""
 
 
 def check_free(out: str | Path) -> Path:
@@ -61,54 +59,27 @@ def complete_or_nothing(out: str | Path) -> Iterator[Path]:
 # ── saving ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def save_stock(model: PreTrainedModel, folder: Path) -> None:
-    """A checkpoint like any other of the model's class."""
-    model.save_pretrained(folder)
-
-
-def save_differing(model: PreTrainedModel, stock: nn.Module, pruned: Pruned, folder: Path) -> None:
-    """A transformers model that no config describes: weights, the record of sizes, and modelling code that reads it."""
-    record = make_record(model, stock, pruned)
-    kept = model.config.to_dict()
+def save_transformers(model: PreTrainedModel, folder: Path) -> None:
+    """A checkpoint like any other of the model's class; with modelling code that heeds the record, where the config carries one."""
+    record, kept = record_of(model.config), model.config.to_dict()
+    if record is None:
+        model.save_pretrained(folder)
+        return
+    stock = stock_class(type(model))
     try:
-        model.config.update({"pruned": record, "auto_map": _auto_map(type(model))})
+        model.config.auto_map = _auto_map(stock)
         model.save_pretrained(folder)
     finally:
-        for key in ("pruned", "auto_map"):
-            if key not in kept:
-                delattr(model.config, key)
-    (folder / f"{MODELLING}.py").write_text(_modelling(type(model)))
-    (folder / RECORD).write_text(json.dumps({"class": _path(type(model))} | record))
+        if "auto_map" not in kept:
+            del model.config.auto_map
+        (folder / f"{MODELLING}.py").write_text(_modelling(stock))
+        (folder / RECORD).write_text(json.dumps({"class": _path(stock)} | record))
 
 
-def save_plain(model: nn.Module, stock: nn.Module, pruned: Pruned, folder: Path, factory: str | None = None) -> None:
+def save_plain(model: nn.Module, record: Record, folder: Path, factory: str | None = None) -> None:
     """A plain module: its state and the record. ``factory`` says how to build the original."""
     save_file(_apart(_distinct(model)), folder / WEIGHTS)
-    record = make_record(model, stock, pruned)
     (folder / RECORD).write_text(json.dumps({"class": _path(type(model)), "factory": factory} | record))
-
-
-def make_record(model: nn.Module, stock: nn.Module, pruned: Pruned) -> dict[str, Any]:
-    """What a stock instance must change to become ``model``: layers, attributes, shapes, and buffers that no checkpoint holds.
-
-    Tensors that are new have a shape too.
-
-    ``stock`` has lost the layers already.
-    """
-    saved = model.state_dict(keep_vars=True)
-    before = dict(stock.named_parameters()) | dict(stock.named_buffers())
-    after = dict(model.named_parameters()) | dict(model.named_buffers())
-    changed = {name: tensor for name, tensor in after.items() if name not in before or tensor.shape != before[name].shape}
-    unsaved = {name: tensor for name, tensor in changed.items() if name not in saved}
-    for name, tensor in unsaved.items():
-        if tensor.numel() > LARGEST_BUFFER:
-            raise ModelLimit(f"the buffer {name} is cut and too large for a record", fix='emit="graph"')
-    return {
-        "elements": pruned.elements or {},
-        "attributes": pruned.attributes or {},
-        "shapes": {name: list(tensor.shape) for name, tensor in changed.items() if name in saved},
-        "buffers": {name: (view_as_real(t) if t.is_complex() else t).tolist() for name, t in unsaved.items()},
-    }
 
 
 def _distinct(model: nn.Module) -> dict[str, Tensor]:
@@ -165,6 +136,11 @@ class {cls.__name__}(Stock):
     )
 
 
+def stock_class(cls: type) -> type:
+    """The class of transformers that this is or is made of: that of modelling code which a checkpoint brought is not on its own."""
+    return next((base for base in cls.__mro__ if getattr(transformers, base.__name__, None) is base), cls)
+
+
 def _path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
@@ -181,24 +157,28 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     if not path.is_dir():
         raise UserMistake(f"there is no checkpoint at {path}")
     try:
-        record = json.loads((path / RECORD).read_text()) if (path / RECORD).exists() else None
-        cls = _class(record["class"] if record else _architecture(path))
+        name, record = _described(path)
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise UserMistake(f"{path} is not a checkpoint", why=first_line(error)) from error
+    cls = _class(name)
     if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
         return cls.from_pretrained(path) if record is None else _load_differing(cls, path, record)
     return _load_plain(path, record or {}, model)
 
 
-def _load_differing(cls: type[PreTrainedModel], path: Path, record: dict[str, Any]) -> PreTrainedModel:
-    def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        cls.__init__(self, config, *args, **kwargs)
-        reshaped.reshape(self, record)
+def _described(path: Path) -> tuple[str, Record | None]:
+    """The class that a checkpoint is of, and its record."""
+    if (path / RECORD).exists():
+        record = json.loads((path / RECORD).read_text())
+        return record["class"], record
+    config = json.loads((path / "config.json").read_text())
+    return f"transformers.{config['architectures'][0]}", config.get("pruned")
 
-    differing: Any = type(cls.__name__, (cls,), {"__init__": build, "__module__": cls.__module__})
-    loaded = differing.from_pretrained(path, config=AutoConfig.from_pretrained(path, trust_remote_code=False))
+
+def _load_differing(cls: type[PreTrainedModel], path: Path, record: Record) -> PreTrainedModel:
+    loaded = heeding(cls, record).from_pretrained(path, config=AutoConfig.from_pretrained(path, trust_remote_code=False))
     loaded.__class__ = cls
-    return loaded  # type: ignore[no-any-return]
+    return loaded
 
 
 def _load_plain(path: Path, record: dict[str, Any], model: nn.Module | None) -> nn.Module:
@@ -215,11 +195,6 @@ def _load_plain(path: Path, record: dict[str, Any], model: nn.Module | None) -> 
         raise UserMistake(f"{path} holds another model", why=f"tensors differ: {sorted(others)[:3]}")
     model.load_state_dict(state, strict=False)
     return model
-
-
-def _architecture(path: Path) -> str:
-    name = json.loads((path / "config.json").read_text())["architectures"][0]
-    return f"transformers.{name}"
 
 
 def _class(dotted: str) -> Any:

@@ -17,8 +17,10 @@ Elements = dict[str, list[int]]
 def reshape(model: nn.Module, record: dict[str, Any]) -> None:
     """Give ``model`` the layers, attributes, empty tensors of the shapes, and values of unsaved buffers that ``record`` lists.
 
-    A tensor that is listed and not there is added.
+    A tensor that is listed and not there is added. A record that comes ``first`` is one of an earlier compile.
     """
+    if "first" in record:
+        reshape(model, record["first"])
     for stack, kept in record.get("elements", {}).items():
         modules = model.get_submodule(stack)._modules
         elements = [modules[str(element)] for element in kept]

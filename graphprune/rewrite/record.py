@@ -1,0 +1,91 @@
+"""A smaller model and the one it was made of in, a record out: what a stock instance must change to become the smaller one.
+
+Where no config describes a transformers model, its config carries the record, under ``pruned``, through files and further compiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from torch import Tensor, nn, view_as_real
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from graphprune.errors import ModelLimit
+from graphprune.facts import Pruned
+from graphprune.rewrite.reshaped import reshape
+
+Record = dict[str, Any]
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+LARGEST_BUFFER = 65536
+"""Elements of an unsaved buffer that a record may carry."""
+
+
+def record_of(config: PreTrainedConfig | None) -> Record | None:
+    """The record that a config carries, None where the config alone describes its model."""
+    found = getattr(config, "pruned", None)
+    return found if isinstance(found, dict) and "shapes" in found else None
+
+
+def undescribed(config: PreTrainedConfig) -> None:
+    """Raise ModelLimit where a config alone does not describe its model."""
+    if record_of(config) is not None:
+        raise ModelLimit("the model was pruned before, and its layers differ", why="its config alone does not describe it")
+
+
+def remember(pruned: Pruned, original: nn.Module) -> Pruned:
+    """The same; the config of a transformers model that it does not describe now carries the record, where there can be one."""
+    if isinstance(pruned.model, PreTrainedModel) and pruned.config is None:
+        with suppress(ModelLimit):
+            pruned.model.config.pruned = make_record(pruned.model, original, pruned)
+    return pruned
+
+
+def make_record(model: nn.Module, original: nn.Module, pruned: Pruned) -> Record:
+    """What ``original`` must change to become ``model``: layers, attributes, shapes, and buffers that no checkpoint holds.
+
+    Tensors that are new have a shape too. The record that made the original what it is comes ``first``. Raises ModelLimit where
+    such a buffer is too large to be written down.
+    """
+    saved, elements = model.state_dict(keep_vars=True), pruned.elements or {}
+    before = dict(_left([*original.named_parameters(), *original.named_buffers()], elements))
+    after = dict(model.named_parameters()) | dict(model.named_buffers())
+    changed = {name: tensor for name, tensor in after.items() if name not in before or tensor.shape != before[name].shape}
+    unsaved = {name: tensor for name, tensor in changed.items() if name not in saved}
+    for name, tensor in unsaved.items():
+        if tensor.numel() > LARGEST_BUFFER:
+            raise ModelLimit(f"the buffer {name} is cut and too large for a record", fix='emit="graph"')
+    first = record_of(original.config) if isinstance(original, PreTrainedModel) else None
+    return {
+        **({} if first is None else {"first": first}),
+        "elements": elements,
+        "attributes": pruned.attributes or {},
+        "shapes": {name: list(tensor.shape) for name, tensor in changed.items() if name in saved},
+        "buffers": {name: (view_as_real(t) if t.is_complex() else t).tolist() for name, t in unsaved.items()},
+    }
+
+
+def _left(tensors: list[tuple[str, Tensor]], elements: Mapping[str, list[int]]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of the elements that stay, under the names they have then."""
+    for name, tensor in tensors:
+        stack = next((stack for stack in elements if name.startswith(f"{stack}.")), None)
+        if stack is None:
+            yield name, tensor
+            continue
+        element, dot, rest = name.removeprefix(f"{stack}.").partition(".")
+        if int(element) in elements[stack]:
+            yield f"{stack}.{elements[stack].index(int(element))}{dot}{rest}", tensor
+
+
+def heeding(cls: type[Model], record: Record | None) -> type[Model]:
+    """``cls``, or one like it whose instances begin with the sizes that the record lists."""
+    if record is None:
+        return cls
+
+    def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, config, *args, **kwargs)
+        reshape(self, record)
+
+    return type(cls.__name__, (cls,), {"__init__": build, "__module__": cls.__module__})
