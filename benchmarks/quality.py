@@ -81,7 +81,7 @@ STEPS = (
     Row("+ text that the model writes itself", "obs", ("self_written",), scope="global"),
     Row("+ least squares", "obs", ("self_written", REPAIR), scope="global"),
     Row("+ heads", "obs", ("self_written", REPAIR), scope="global", kinds=("head", "ffn")),
-    replace(DEFAULT, name="+ sensitivity: the default but for its last step", method="obs", scope="global", passes=CALIBRATED.passes[:-1]),
+    Row("+ sensitivity (the default but for its last step)", "obs", CALIBRATED.passes[:-1], ("head", "ffn"), "global"),
     DEFAULT,
 )
 ALIKE = (
