@@ -29,7 +29,7 @@ from transformers.utils.quantization_config import GgufConfig
 from graphprune.errors import ModelLimit, UserMistake, first_line
 from graphprune.factory import make, siblings, which
 from graphprune.inputs import guess_inputs, named
-from graphprune.rewrite.record import heeding, record_of
+from graphprune.rewrite.record import RECORD, heeding, record_of
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -197,6 +197,8 @@ def _read_config(path: Path) -> Any:
     if not file.is_file():
         found = sorted(path.glob("*.gguf"))
         hint = f"did you mean {found[0]}?" if found else "give the directory that save_pretrained wrote"
+        if (path / RECORD).is_file():
+            hint = f"a pruned plain module: give file.py:factory, and let it return graphprune.load({str(path)!r}, original)"
         raise UserMistake(f"no config.json in {path}", fix=hint)
     if file.suffix != ".json":
         raise UserMistake(f"not a model: {file}", fix="give a checkpoint directory, a GGUF file, or file.py:factory")

@@ -79,6 +79,16 @@ def test_a_factory_and_a_pass_from_files(tmp_path: Path, capsys: pytest.CaptureF
     assert code == 0, err
     plan = json.loads((tmp_path / "out" / "graphprune_plan.json").read_text())
     assert plan["cuts"][0]["kept"].startswith("0-")
+    code, _, err = run(capsys, "bench", f"{tmp_path}/nets.py:net", tmp_path / "out")
+    assert code == 2 and "graphprune.load(" in err
+    (tmp_path / "small.py").write_text(
+        f"import graphprune, nets\n\n"
+        f"def small():\n    model, inputs = nets.net()\n    return graphprune.load({str(tmp_path / 'out')!r}, model), inputs\n"
+    )
+    code, out, err = run(capsys, "bench", f"{tmp_path}/nets.py:net", f"{tmp_path}/small.py:small", "--repeats", 1)
+    assert code == 0 and "prefill, ideal" in out, err
+    code, out, err = run(capsys, "inspect", f"{tmp_path}/small.py:small", "--json")
+    assert code == 0 and json.loads(out), err
 
 
 @pytest.mark.parametrize(

@@ -18,14 +18,13 @@ from uuid import uuid4
 
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import Tensor, contiguous_format, nn
+from torch import Tensor, contiguous_format, get_default_device, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from graphprune.errors import ModelLimit, UserMistake, first_line
 from graphprune.rewrite import reshaped
-from graphprune.rewrite.record import Record, heeding, record_of
+from graphprune.rewrite.record import RECORD, Record, heeding, record_of
 
-RECORD = "graphprune.json"
 PLAN = "graphprune_plan.json"
 MODELLING = "modeling_pruned"
 WEIGHTS = "model.safetensors"
@@ -76,10 +75,10 @@ def save_transformers(model: PreTrainedModel, folder: Path) -> None:
         (folder / RECORD).write_text(json.dumps({"class": _path(stock)} | record))
 
 
-def save_plain(model: nn.Module, record: Record, folder: Path, factory: str | None = None) -> None:
-    """A plain module: its state and the record. ``factory`` says how to build the original."""
+def save_plain(model: nn.Module, record: Record, folder: Path) -> None:
+    """A plain module: its state and the record."""
     save_file(_apart(_distinct(model)), folder / WEIGHTS)
-    (folder / RECORD).write_text(json.dumps({"class": _path(type(model)), "factory": factory} | record))
+    (folder / RECORD).write_text(json.dumps({"class": _path(type(model))} | record))
 
 
 def _distinct(model: nn.Module) -> dict[str, Tensor]:
@@ -187,13 +186,15 @@ def _load_plain(path: Path, record: dict[str, Any], model: nn.Module | None) -> 
             f"{path} holds a plain module ({record.get('class')})", fix="pass the unpruned original: graphprune.load(dir, model)"
         )
     reshaped.reshape(model, record)
+    if get_default_device().type == "meta":
+        return model
     state = OrderedDict(load_file(path / WEIGHTS))
     wanted = model.state_dict()
     state._metadata = wanted._metadata  # type: ignore[attr-defined]  # versions that loading hooks ask for
     tied = wanted.keys() - _distinct(model).keys()
     if others := (state.keys() ^ wanted.keys()) - tied:
         raise UserMistake(f"{path} holds another model", why=f"tensors differ: {sorted(others)[:3]}")
-    model.load_state_dict(state, strict=False)
+    model.load_state_dict(state, strict=False, assign=any(tensor.is_meta for tensor in model.parameters()))
     return model
 
 

@@ -19,6 +19,7 @@ from graphprune.rewrite.reshaped import reshape
 Record = dict[str, Any]
 Model = TypeVar("Model", bound=PreTrainedModel)
 
+RECORD = "graphprune.json"
 LARGEST_BUFFER = 65536
 """Elements of an unsaved buffer that a record may carry."""
 
