@@ -29,7 +29,7 @@ from transformers.utils.quantization_config import GgufConfig
 from graphprune.errors import ModelLimit, UserMistake, first_line
 from graphprune.factory import make, siblings, which
 from graphprune.inputs import guess_inputs, named
-from graphprune.rewrite.record import RECORD, heeding, record_of
+from graphprune.rewrite.record import RECORD, heeding
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -144,7 +144,7 @@ def _from_checkpoint(path: Path, dtype: torch.dtype | None, weights: bool, devic
     config = _read_config(path)
     folder = path if path.is_dir() else path.parent
     model_class = _model_class(config)
-    sized = heeding(model_class, record_of(config))
+    sized = heeding(model_class, config)
     if not weights:
         model = _on_meta(sized, config, dtype)
         model.__class__ = model_class

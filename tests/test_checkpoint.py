@@ -120,6 +120,16 @@ def test_a_model_whose_layers_differ_is_a_model(tmp_path: Path) -> None:
         graphprune.compile_streamed(tmp_path / "third", tmp_path / "streamed")
 
 
+def test_buffers_that_a_class_computes_stay_as_they_were_cut(tmp_path: Path) -> None:
+    """Fewer rotary pairs: transformers would fill the table of frequencies from the config."""
+    ids = {"input_ids": tokens()}
+    first = graphprune.compile(llama(layers=4), ids, keep=0.5, kinds=["qk_width", "value_width"], alike=False)
+    assert len(first.model.model.rotary_emb.inv_freq) < len(llama().model.rotary_emb.inv_freq)
+    same_everywhere(first.model, graphprune.save(first, tmp_path / "first"))
+    second = graphprune.compile(graphprune.load(tmp_path / "first"), ids, keep=0.7, kinds=["layer"])
+    same_everywhere(second.model, graphprune.save(second, tmp_path / "second"))
+
+
 @pytest.mark.parametrize("told", [True, False], ids=["by the other layers", "by running with a cache"])
 def test_a_layer_whose_number_equals_a_size_keeps_its_number(told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not told:

@@ -120,17 +120,8 @@ def _modelling(cls: type) -> str:
 from {cls.__module__} import {cls.__name__} as Stock
 
 
-class {cls.__name__}(Stock):
-    """The stock class (whose name transformers knows its checkpoints by) with the sizes its config records under ``pruned``."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        reshape(self, config.pruned)
-
-    @classmethod
-    def is_custom_code(cls):
-        """Its tensors are named as in the stock class, and saved the same way."""
-        return False
+class {cls.__name__}(Reshaped, Stock):
+    """The stock class, whose name transformers knows its checkpoints by."""
 '''
     )
 
@@ -161,7 +152,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise UserMistake(f"{path} is not a checkpoint", why=first_line(error)) from error
     cls = _class(name)
     if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
-        return cls.from_pretrained(path) if record is None else _load_differing(cls, path, record)
+        return cls.from_pretrained(path) if record is None else _load_differing(cls, path)
     return _load_plain(path, record or {}, model)
 
 
@@ -174,8 +165,9 @@ def _described(path: Path) -> tuple[str, Record | None]:
     return f"transformers.{config['architectures'][0]}", config.get("pruned")
 
 
-def _load_differing(cls: type[PreTrainedModel], path: Path, record: Record) -> PreTrainedModel:
-    loaded = heeding(cls, record).from_pretrained(path, config=AutoConfig.from_pretrained(path, trust_remote_code=False))
+def _load_differing(cls: type[PreTrainedModel], path: Path) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    loaded = heeding(cls, config).from_pretrained(path, config=config)
     loaded.__class__ = cls
     return loaded
 

@@ -5,19 +5,20 @@ Where no config describes a transformers model, its config carries the record, u
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from torch import Tensor, nn, view_as_real
+from torch import nn, view_as_real
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from graphprune.errors import ModelLimit
 from graphprune.facts import Pruned
-from graphprune.rewrite.reshaped import reshape
+from graphprune.rewrite.reshaped import Reshaped
 
 Record = dict[str, Any]
 Model = TypeVar("Model", bound=PreTrainedModel)
+T = TypeVar("T")
 
 RECORD = "graphprune.json"
 LARGEST_BUFFER = 65536
@@ -47,18 +48,20 @@ def remember(pruned: Pruned, original: nn.Module) -> Pruned:
 def make_record(model: nn.Module, original: nn.Module, pruned: Pruned) -> Record:
     """What ``original`` must change to become ``model``: layers, attributes, shapes, and buffers that no checkpoint holds.
 
-    Tensors that are new have a shape too. The record that made the original what it is comes ``first``. Raises ModelLimit where
-    such a buffer is too large to be written down.
+    Tensors that are new have a shape too; of a module with such a buffer all are listed. The record that made the original what
+    it is comes ``first``. Raises ModelLimit where such a buffer is too large to be written down.
     """
     saved, elements = model.state_dict(keep_vars=True), pruned.elements or {}
+    first = record_of(original.config) if isinstance(original, PreTrainedModel) else None
     before = dict(_left([*original.named_parameters(), *original.named_buffers()], elements))
     after = dict(model.named_parameters()) | dict(model.named_buffers())
     changed = {name: tensor for name, tensor in after.items() if name not in before or tensor.shape != before[name].shape}
-    unsaved = {name: tensor for name, tensor in changed.items() if name not in saved}
+    computed = (changed.keys() - saved.keys()) | dict(_left((first or {}).get("buffers", {}).items(), elements)).keys()
+    owners = {name.rpartition(".")[0] for name in computed}
+    unsaved = {name: tensor for name, tensor in model.named_buffers() if name not in saved and name.rpartition(".")[0] in owners}
     for name, tensor in unsaved.items():
         if tensor.numel() > LARGEST_BUFFER:
             raise ModelLimit(f"the buffer {name} is cut and too large for a record", fix='emit="graph"')
-    first = record_of(original.config) if isinstance(original, PreTrainedModel) else None
     return {
         **({} if first is None else {"first": first}),
         "elements": elements,
@@ -68,8 +71,8 @@ def make_record(model: nn.Module, original: nn.Module, pruned: Pruned) -> Record
     }
 
 
-def _left(tensors: list[tuple[str, Tensor]], elements: Mapping[str, list[int]]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of the elements that stay, under the names they have then."""
+def _left(tensors: Iterable[tuple[str, T]], elements: Mapping[str, list[int]]) -> Iterator[tuple[str, T]]:
+    """What belongs to the elements that stay, under the names it has then."""
     for name, tensor in tensors:
         stack = next((stack for stack in elements if name.startswith(f"{stack}.")), None)
         if stack is None:
@@ -80,13 +83,6 @@ def _left(tensors: list[tuple[str, Tensor]], elements: Mapping[str, list[int]]) 
             yield f"{stack}.{elements[stack].index(int(element))}{dot}{rest}", tensor
 
 
-def heeding(cls: type[Model], record: Record | None) -> type[Model]:
-    """``cls``, or one like it whose instances begin with the sizes that the record lists."""
-    if record is None:
-        return cls
-
-    def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        cls.__init__(self, config, *args, **kwargs)
-        reshape(self, record)
-
-    return type(cls.__name__, (cls,), {"__init__": build, "__module__": cls.__module__})
+def heeding(cls: type[Model], config: PreTrainedConfig) -> type[Model]:
+    """``cls``, or one like it whose instances begin with the sizes that the config records."""
+    return cls if record_of(config) is None else type(cls.__name__, (Reshaped, cls), {"__module__": cls.__module__})

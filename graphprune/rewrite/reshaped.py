@@ -14,6 +14,27 @@ Elements = dict[str, list[int]]
 """The elements that stay, by the stack of modules they stand in."""
 
 
+class Reshaped:
+    """Comes before a class of transformers, whose sizes are then those that its config records under ``pruned``."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        reshape(self, config.pruned)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """The same as in the class, with the buffers that it computes from its config as they are recorded."""
+        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        fill(model, model.config.pruned)
+        return loaded
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Its tensors are named as in the stock class, and saved the same way."""
+        return False
+
+
 def reshape(model: nn.Module, record: dict[str, Any]) -> None:
     """Give ``model`` the layers, attributes, empty tensors of the shapes, and values of unsaved buffers that ``record`` lists.
 
@@ -32,15 +53,21 @@ def reshape(model: nn.Module, record: dict[str, Any]) -> None:
     for name, shape in record["shapes"].items():
         _add_missing(model, name)
         _exchange(model, name, lambda old, shape=shape: torch.empty(shape, dtype=old.dtype, device=old.device))
+    fill(model, record)
+
+
+def fill(model: nn.Module, record: dict[str, Any]) -> None:
+    """Give the buffers that no checkpoint holds the values that ``record`` lists, and keep transformers from computing its own."""
     for name, values in record["buffers"].items():
         _exchange(model, name, lambda old, values=values: _filled(old, values))
+        setattr(model.get_submodule(name.rpartition(".")[0]), "_is_hf_initialized", True)  # noqa: B010
 
 
 def _filled(old: torch.Tensor, values: Any) -> torch.Tensor:
     """A tensor of the type of ``old``; complex numbers are listed as pairs."""
     if old.is_complex():
-        return torch.view_as_complex(torch.tensor(values, dtype=old.dtype.to_real()))
-    return torch.tensor(values, dtype=old.dtype)
+        return torch.view_as_complex(torch.tensor(values, dtype=old.dtype.to_real(), device=old.device))
+    return torch.tensor(values, dtype=old.dtype, device=old.device)
 
 
 def _set(owner: Any, path: list[str], value: Any) -> None:
