@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from graphprune.axes import Keep
@@ -28,7 +25,7 @@ from graphprune.pipeline import Pass, Progress, find_pass, run
 from graphprune.plan import Plan
 from graphprune.propagate import Axes, propagate
 from graphprune.ranks import leads, wait
-from graphprune.rewrite.blueprint import build_meta
+from graphprune.rewrite.blueprint import build_empty, build_meta
 from graphprune.rewrite.checkpoint import PLAN
 from graphprune.rewrite.config import fit
 from graphprune.rewrite.graph import resized_graph
@@ -36,7 +33,7 @@ from graphprune.rewrite.record import undescribed
 from graphprune.rewrite.stock import numbers, saved_shapes, shapes_after
 from graphprune.rewrite.stream import copy_rest, shared, write_cut
 from graphprune.select import select
-from graphprune.source import open_source, quiet
+from graphprune.source import open_source
 from graphprune.trace import Inputs, Trace, trace
 
 BLOCKS = 2 << 20
@@ -142,8 +139,7 @@ def opened(model: nn.Module, config: PreTrainedConfig, axes: Axes, keep: Keep, f
 
     Raises ModelLimit when names or shapes differ.
     """
-    with quiet(), init_empty_weights(include_buffers=False), _Unfilled():
-        built: nn.Module = type(model)._from_config(deepcopy(config)).train(False)  # type: ignore[attr-defined]
+    built: nn.Module = build_empty(type(model), config)  # type: ignore[type-var]
     for tensor in axes.trace.tensors.values():
         shape = tuple(axis.resized(keep) for axis in axes.tensors[tensor.name])
         name = next((name for name in tensor.names if name in files.entries), None)
@@ -158,13 +154,6 @@ def opened(model: nn.Module, config: PreTrainedConfig, axes: Axes, keep: Keep, f
             held: dict[str, Any] = vars(built.get_submodule(home))["_parameters" if tensor.kind == "parameter" else "_buffers"]
             held[leaf] = value
     return built
-
-
-class _Unfilled(TorchFunctionMode):
-    """What a constructor leaves to be filled takes no memory."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*args, **{**(kwargs or {}), **({"device": "meta"} if function is torch.empty else {})})
 
 
 def _by_file_name(axes: Axes, files: Checkpoint) -> dict[str, Any]:

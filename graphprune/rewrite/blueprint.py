@@ -17,6 +17,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
+from accelerate import init_empty_weights
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
@@ -39,6 +41,20 @@ def _built(cls: type[Model], config: PreTrainedConfig) -> Model:
         model: Model = cls._from_config(config)  # type: ignore[no-untyped-call]
         model.tie_weights()
     return model
+
+
+def build_empty(cls: type[Model], config: PreTrainedConfig) -> Model:
+    """The same, but for the buffers that the constructor computes: they are there."""
+    with quiet(), init_empty_weights(include_buffers=False), _Unfilled():
+        model: Model = cls._from_config(deepcopy(config)).train(False)  # type: ignore[no-untyped-call]
+    return model
+
+
+class _Unfilled(TorchFunctionMode):
+    """What a constructor leaves to be filled takes no memory."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **{**(kwargs or {}), **({"device": "meta"} if function is torch.empty else {})})
 
 
 @dataclass

@@ -6,16 +6,20 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from graphprune.axes import Axis, Factor, Keep
 from graphprune.errors import ModelLimit
 from graphprune.propagate import Axes
-from graphprune.rewrite.blueprint import Changes, build_meta, quiet
+from graphprune.rewrite.blueprint import Changes, build_empty, quiet
 from graphprune.rewrite.config import candidates, fit, obvious, proven, sketched
 from graphprune.rewrite.module import adopt
 from graphprune.rewrite.probe import described
+
+ROUNDING = 1e-2
+"""How far a buffer may be, relatively, from what a constructor computes in another precision."""
 
 
 def shapes_after(axes: Axes, keep: Keep) -> dict[str, tuple[int, ...]]:
@@ -53,10 +57,26 @@ def stock_config(
     """
 
     def takes(config: PreTrainedConfig) -> bool:
-        adopt(smaller, build_meta(type(model), config))
+        built = build_empty(type(model), config)
+        if not _same_buffers(smaller, built):
+            return False
+        adopt(smaller, built)
         return accept(smaller)
 
     return fit(model, shapes_after(axes, keep), numbers(axes, keep), takes)
+
+
+def _same_buffers(smaller: nn.Module, built: nn.Module) -> bool:
+    """Whether the buffers that no checkpoint holds are, give or take rounding, what the constructor computes (Gemma's √hidden)."""
+    saved = smaller.state_dict(keep_vars=True).keys()
+    found = dict(built.named_buffers())
+    for name, mine in smaller.named_buffers():
+        theirs = found.get(name)
+        if name in saved or theirs is None or theirs.is_meta or not mine.is_floating_point():
+            continue
+        if mine.shape != theirs.shape or not torch.allclose(theirs.to(mine), mine, rtol=ROUNDING, atol=0):
+            return False
+    return True
 
 
 def expressible(model: PreTrainedModel, axes: Axes, keep: Keep) -> None:
