@@ -201,7 +201,7 @@ def test_a_wrong_cut_is_seen_whatever_the_example_inputs_are(x: Tensor) -> None:
     groups = graphprune.couple(graphprune.propagate(graphprune.trace(model, x)))
     tensors, keep = tensors_of(model, groups.axes.trace), {group.factor: range(4) for group in groups}
     cut = smaller(groups.axes, tensors, keep)
-    assert graphprune.verify(groups, tensors, [x], keep, cut) == 0.0
+    assert graphprune.verify(groups, tensors, [x], keep, cut) < 1e-12
     wrong = Smaller(cut.graph, {name: tensor.flip(0) for name, tensor in cut.tensors.items()})
     with pytest.raises(RuleBug, match="masked original"):
         graphprune.verify(groups, tensors, [x], keep, wrong)
