@@ -34,7 +34,7 @@ class Recipe:
     ``method`` is ``lora``, or ``full``: everything but embedding tables and the output head. ``distill`` is the weight of the
     teacher against the text, 1 being the teacher alone; ``top`` compares only its most likely tokens and the rest as one.
     ``written`` sequences that the teacher writes make up half of every batch. The rate rises over ``warmup`` steps, a tenth of all
-    at most, and falls to zero linearly.
+    at most, and falls to zero linearly. ``bf16`` multiplies in bfloat16, by torch's autocast; None: where the hardware does.
     """
 
     method: str = "lora"
@@ -55,6 +55,7 @@ class Recipe:
     distill: float = 1.0
     top: int | None = None
     written: int = 0
+    bf16: bool | None = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -70,6 +71,7 @@ PRESETS: Mapping[str, Recipe] = {
     "llm-pruner": Recipe(),
     "ten-minutes": Recipe(
         method="full", lr=2e-4, epochs=None, minutes=10, batch=4, micro=4, warmup=10, beta2=0.95, distill=0.3, written=64,
+        bf16=None,
     ),
 }  # fmt: skip
 """LLM-Pruner's published recipe, and what suits ten minutes on two CPU cores (``docs/quality.md``)."""
@@ -206,6 +208,14 @@ def _train(
             progress(f"step {step + 1}  loss {loss:.4f}  rate {rate:.1e}  {tokens} tokens  {time.monotonic() - begun:.0f} s")
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 by itself, faster than single precision."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in asked)
+
+
 def _steps(examples: int, recipe: Recipe) -> float:
     """Optimizer steps until the first of the limits that count steps."""
     per_epoch = -(-examples // recipe.batch)
@@ -221,14 +231,17 @@ def _rise(step: int, total: float, recipe: Recipe) -> float:
 def _loss(student: nn.Module, teacher: nn.Module | None, inputs: dict[str, Tensor], labels: Tensor, recipe: Recipe) -> Tensor:
     """Summed over the tokens that are to be learnt."""
     following = pad(labels[:, 1:], (0, 1), value=IGNORED)
-    logits = logits_of(student(**inputs))
+    fast = multiplies_bf16(labels.device) if recipe.bf16 is None else recipe.bf16
+    cast = torch.autocast(labels.device.type, torch.bfloat16, enabled=fast)
+    with cast:
+        logits = logits_of(student(**inputs))
 
     def of_text() -> Tensor:
         return cross_entropy(logits.flatten(0, 1).float(), following.flatten(), reduction="sum", ignore_index=IGNORED)
 
     if teacher is None:
         return of_text()
-    with inference(teacher):
+    with inference(teacher), cast:
         wanted = logits_of(teacher(**inputs))
     distance = divergence(logits, wanted, recipe.top, following != IGNORED)
     return distance if recipe.distill == 1 else recipe.distill * distance + (1 - recipe.distill) * of_text()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind
 from torch.nn.parameter import is_lazy
@@ -92,9 +93,18 @@ def trace(model: nn.Module, example_inputs: Inputs, *, dynamic: bool = False, re
     """
     args, kwargs = as_call(example_inputs)
     _check_tensors(model)
-    with exportable(model), _without_gradients(model):
+    with exportable(model), _without_gradients(model), _forgetting():
         found = _repeated(model, args, kwargs) if repeat and not dynamic else None
         return found or _plain(model, args, kwargs, dynamic)
+
+
+@contextmanager
+def _forgetting() -> Iterator[None]:
+    """What torch remembers of the shapes it has seen, in case it sees them again, is as large as the graph."""
+    try:
+        yield
+    finally:
+        FakeTensorMode.cache_clear()
 
 
 def _check_tensors(model: nn.Module) -> None:

@@ -52,6 +52,16 @@ def rows() -> Tensor:
 # ── what comes back ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_products_in_bfloat16_leave_the_weights_as_precise_as_they_were() -> None:
+    once = {**QUICK, "method": "full", "teacher": llama(), "distill": 0.3, "tokenizer": Letters()}
+    fast, slow = (recover(llama(), TEXT, **once, bf16=bf16) for bf16 in (True, False))
+    assert {parameter.dtype for parameter in fast.parameters()} == {torch.float32}
+    change = [p - q for p, q in zip(slow.parameters(), llama().parameters(), strict=True)]
+    apart = [p - q for p, q in zip(slow.parameters(), fast.parameters(), strict=True)]
+    far, gap = (float(torch.cat([one.detach().flatten() for one in parts]).norm()) for parts in (change, apart))
+    assert 0 < gap < 0.3 * far
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_plain_model_comes_back_and_has_learnt(method: str, tmp_path: Any) -> None:
     model = llama(tie_word_embeddings=True)
