@@ -11,12 +11,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from graphprune import __version__
-from graphprune.bench import disk_bytes, figures
-from graphprune.compiler import Result, compile
+from graphprune.bench import figures
+from graphprune.compiler import compile
+from graphprune.console import err, out, progress, shown
 from graphprune.data import calibrate, read_texts
 from graphprune.default import default_for
 from graphprune.disk import check_fits
@@ -32,12 +31,11 @@ from graphprune.plan import load_plan
 from graphprune.propagate import propagate
 from graphprune.ranks import joined, leads
 from graphprune.recover import recover
-from graphprune.removed import removals
 from graphprune.replay import replay
-from graphprune.report import Amount, before_after, side_by_side, strips
+from graphprune.report import side_by_side
 from graphprune.rewrite.checkpoint import check_free
 from graphprune.source import open_source
-from graphprune.streamed import Streamed, compile_streamed
+from graphprune.streamed import compile_streamed
 from graphprune.trace import trace
 from graphprune.words import calibration_for, dtype_of, enable_checkpointing, harness, listed, shares_of
 
@@ -47,8 +45,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console()
-err = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="A checkpoint directory, a GGUF file, a hub name, or file.py:factory.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The directory to write. It must not exist, or be empty.")]
@@ -121,7 +117,7 @@ def compile_(
     if stream and (dtype or emit != "module" or alike is False):
         raise UserMistake("--stream writes a stock checkpoint in the dtype it finds", fix="leave out --dtype, --emit and --differ")
     asked = [find_pass(spec) for spec in ([method] if method else []) + (extra or [])]
-    with _progress() as show:
+    with progress() as show:
         show("opening")
         source = open_source(model, dtype=dtype_of(dtype), weights=not stream)
         default = default_for(source.model, calibration is not None and not stream, listed(kinds) or (), method)
@@ -134,7 +130,7 @@ def compile_(
         sizes = samples or default.samples, length or default.length
         text = calibration_for(steps, source, calibration, *sizes, batch, seed, show)
         if stream:
-            _show(compile_streamed(model, output, **settings, calibration=text, progress=show), output)
+            shown(compile_streamed(model, output, **settings, calibration=text, progress=show), output)
             return
         if checkpointing:
             enable_checkpointing(source)
@@ -143,7 +139,7 @@ def compile_(
         show("saving")
         if leads():
             save(result, output, source)
-    _show(result, output)
+    shown(result, output)
 
 
 @app.command()
@@ -156,7 +152,7 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Show the coupled groups of MODEL, and what is frozen and why. No weight is loaded."""
-    with _progress() as show:
+    with progress() as show:
         show("tracing")
         source = open_source(model, weights=False)
         axes = propagate(trace(source.model, source.example_inputs()))
@@ -182,18 +178,18 @@ def apply(
     _check(model, output, stream)
     chosen = load_plan(plan)
     if stream:
-        with _progress() as show:
+        with progress() as show:
             streamed = compile_streamed(model, output, plan=chosen, progress=show)
-        _show(streamed, output)
+        shown(streamed, output)
         return
-    with _progress() as show:
+    with progress() as show:
         show("opening")
         source = open_source(model, dtype=dtype_of(dtype))
         show("pruning")
         result = replay(source.model, chosen, source.example_inputs())
         show("saving")
         save(result, output, source)
-    _show(result, output)
+    shown(result, output)
 
 
 @app.command("sparsify")
@@ -212,7 +208,7 @@ def sparsify_(
 ) -> None:
     """Write zeros into the weights of MODEL and keep its shapes."""
     check_free(output)
-    with _progress() as show:
+    with progress() as show:
         show("opening")
         source = open_source(model, dtype=dtype_of(dtype))
         show("calibration text")
@@ -246,7 +242,7 @@ def recover_(
 ) -> None:
     """Train a pruned MODEL back towards what it was and write a plain checkpoint."""
     _check(model, output)
-    with _progress() as show:
+    with progress() as show:
         show("opening")
         source = open_source(model, dtype=dtype_of(dtype))
         tutor = open_source(teacher, dtype=dtype_of(dtype)).model if teacher else None
@@ -330,43 +326,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 # ── leaves ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class _progress:
-    """A spinner with the stage that is running."""
-
-    def __init__(self) -> None:
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        self.bar = Progress(*columns, console=err, transient=True)
-
-    def __enter__(self) -> Any:
-        self.bar.__enter__()
-        task = self.bar.add_task("starting", total=None)
-        return lambda stage: self.bar.update(task, description=stage)
-
-    def __exit__(self, *problem: Any) -> None:
-        self.bar.__exit__(*problem)
-
-
 def _check(model: str, output: Path, stream: bool = False) -> None:
     """What can go wrong before anything is read."""
     if leads():
         check_free(output)
     if not stream:
         check_fits(model)
-
-
-def _show(result: Result | Streamed, output: Path) -> None:
-    before, after = result.plan.cost["before"], result.plan.cost["after"]
-    rows: dict[str, tuple[Any, Any]] = {
-        "parameters": (before["parameters"], after["parameters"]),
-        "bytes": (Amount(before["bytes"], "B"), Amount(after["bytes"], "B")),
-        "FLOPs of a traced forward": (Amount(before["flops"]), Amount(after["flops"])),
-    }
-    out.print(before_after(rows))
-    out.print(strips(removals(result.groups, result.plan)))
-    for note in result.notes:
-        out.print(f"note  {note}", markup=False, highlight=False)
-    stock = "a stock checkpoint: from_pretrained loads it"
-    if isinstance(result, Result) and result.pruned.config is None:
-        stock = f"not a stock checkpoint: {(result.pruned.obstacle or '').splitlines()[0]}"
-    if leads():
-        out.print(f"{output} ({Amount(disk_bytes(output), 'B')}), {stock}", markup=False, highlight=False)

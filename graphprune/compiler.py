@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -16,6 +14,7 @@ from transformers import PreTrainedModel
 
 from graphprune.axes import Keep
 from graphprune.budget import Budget
+from graphprune.collecting import settled
 from graphprune.data import Calibration
 from graphprune.default import default_for
 from graphprune.depth import as_groups, rewrite_pieces, select_pieces
@@ -112,23 +111,10 @@ def compile(  # noqa: A001  the product's own verb
     scorer = find_pass(default.method, **seeded(default.method, options or {}, seed))
     stages = whole_pieces(scorer, kinds or ()) if whole else pipeline(scorer)
     stages = with_extras(stages, [find_pass(extra) for extra in (*default.passes, *passes)])
-    with _settled():
+    with settled():
         facts = _without_hidden(stages, given, progress)
     pruned: Pruned = remember(facts[Pruned], model)
     return Result(pruned.model, facts[Plan], facts[Groups], pruned, tuple(notes), facts)
-
-
-@contextmanager
-def _settled() -> Iterator[None]:
-    """What was there before is not searched for garbage: the many objects of a graph call for that, and none of it is theirs."""
-    if gc.get_freeze_count():
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _without_hidden(stages: Sequence[Pass], given: Facts, progress: Progress | None) -> Facts:
