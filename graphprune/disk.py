@@ -146,7 +146,12 @@ def given_back(size: int) -> Iterator[None]:
         yield
     finally:
         _map_apart(32 << 20)
-        _tell("malloc_trim", 0)
+        hand_back()
+
+
+def hand_back() -> None:
+    """Memory that is free goes back to the system now: glibc keeps what lies between things that are not."""
+    _tell("malloc_trim", 0)
 
 
 def _map_apart(size: int) -> None:

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
 
+from graphprune.data import Calibration
+from graphprune.disk import hand_back
 from graphprune.errors import UserMistake, nearest
 
 LIBRARY = "graphprune.passes"
@@ -69,13 +71,18 @@ def _how_to_give(need: type) -> str | None:
 
 
 def run(passes: Sequence[Pass], given: Facts, progress: Progress | None = None) -> Facts:
-    """Run passes in order on the facts; returns all facts. Raises UserMistake first when the order cannot work."""
+    """Run passes in order on the facts; returns all facts. Raises UserMistake first when the order cannot work.
+
+    Where there is calibration data each leaves a heap of gradients and activations, most of it free.
+    """
     check(passes, given)
     facts = dict(given)
     for step in passes:
         if progress is not None:
             progress(step.name)
         facts[step.makes] = step(facts)
+        if Calibration in facts:
+            hand_back()
     return facts
 
 

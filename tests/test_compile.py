@@ -13,6 +13,7 @@ import graphprune
 from graphprune.errors import ModelLimit, RuleBug, UserMistake
 from graphprune.execute import tensors_of
 from graphprune.rewrite.graph import Smaller, smaller
+from graphprune.verify import AT_ONCE, difference
 from tests.models import bert, gpt2, llama, residual, tokens
 
 CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 1e-4}
@@ -205,3 +206,19 @@ def test_a_wrong_cut_is_seen_whatever_the_example_inputs_are(x: Tensor) -> None:
     wrong = Smaller(cut.graph, {name: tensor.flip(0) for name, tensor in cut.tensors.items()})
     with pytest.raises(RuleBug, match="masked original"):
         graphprune.verify(groups, tensors, [x], keep, wrong)
+
+
+INFINITE = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "gap"), [(-1, 3.0, 2 / 3), (0, 3.0, 2 / 3), (-2, float("nan"), INFINITE), (1, INFINITE, INFINITE)]
+)
+def test_outputs_are_compared_to_the_last_number(place: int, value: float, gap: float) -> None:
+    """They are taken some at a time."""
+    one = torch.ones(2, AT_ONCE // 2 + 5)
+    other = one.clone()
+    other.view(-1)[place] = value
+    assert difference([one], [one]) == 0 and difference([one], [one[:1]]) == INFINITE
+    assert difference([one], [other]) == pytest.approx(gap)
+    assert difference([], []) == 0 and difference([one[:0]], [other[:0]]) == 0
