@@ -30,7 +30,7 @@ import graphprune
 from graphprune import Calibration, Plan, calibrate, couple, open_source, propagate, trace
 from graphprune.cost import parameters
 from graphprune.data import read_texts
-from graphprune.default import CALIBRATED
+from graphprune.default import CALIBRATED, REPAIR
 from graphprune.evaluate import perplexity
 from graphprune.source import find_smollm2
 
@@ -73,14 +73,13 @@ METHODS = (
     Row("first-order Taylor, heads too", "taylor", (ENDS,), kinds=("head", "ffn")),
 )
 DEFAULT = Row("the default", kinds=("head", "ffn"))
-REPAIR = CALIBRATED.passes[2]
 STEPS = (
     TAYLOR,
     Row("greedy OBS scores", "obs", (ENDS,)),
     Row("+ widths by its errors, no layer spared", "obs", scope="global"),
     Row("+ text that the model writes itself", "obs", ("self_written",), scope="global"),
-    Row("+ least squares", "obs", ("self_written", REPAIR), scope="global"),
-    Row("+ heads", "obs", ("self_written", REPAIR), scope="global", kinds=("head", "ffn")),
+    Row("+ least squares", "obs", ("self_written", REPAIR[0]), scope="global"),
+    Row("+ heads", "obs", ("self_written", REPAIR[0]), scope="global", kinds=("head", "ffn")),
     Row("+ sensitivity (the default but for its last step)", "obs", CALIBRATED.passes[:-1], ("head", "ffn"), "global"),
     DEFAULT,
 )

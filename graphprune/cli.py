@@ -309,7 +309,8 @@ def bench(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exit codes: 0, 1 (failed), 2 (usage)."""
-    gc.freeze()  # what is imported stays: a second less to look for garbage in it, most of that on the way out
+    if arguments is None:  # the process is ours: what is imported stays, and looking for garbage in it would take a second
+        gc.freeze()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with joined():

@@ -29,7 +29,7 @@ from transformers.utils.quantization_config import GgufConfig
 from graphprune.errors import ModelLimit, UserMistake, first_line
 from graphprune.factory import make, siblings, which
 from graphprune.inputs import guess_inputs, named
-from graphprune.rewrite.record import RECORD, heeding
+from graphprune.rewrite.record import RECORD, build_model, read_model
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -144,15 +144,10 @@ def _from_checkpoint(path: Path, dtype: torch.dtype | None, weights: bool, devic
     config = _read_config(path)
     folder = path if path.is_dir() else path.parent
     model_class = _model_class(config)
-    sized = heeding(model_class, config)
     if not weights:
-        model = _on_meta(sized, config, dtype)
-        model.__class__ = model_class
-        return Source(model, config, path)
+        return Source(_on_meta(model_class, config, dtype), config, path)
     _check_weights(folder)
-    given = {"dtype": dtype or "auto", "output_loading_info": True, **({} if sized is model_class else {"config": config})}
-    model, report = _guarded(folder, sized.from_pretrained, folder, **given)
-    model.__class__ = model_class
+    model, report = _guarded(folder, read_model, model_class, folder, config, dtype=dtype or "auto", output_loading_info=True)
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserMistake(
@@ -234,7 +229,7 @@ def _model_class(config: Any) -> Any:
 def _on_meta(model_class: Any, config: Any, dtype: torch.dtype | None) -> nn.Module:
     """The model of a config, without a weight."""
     with torch.device("meta"):
-        model: nn.Module = model_class._from_config(config, dtype=dtype or config.dtype or torch.float32)
+        model: nn.Module = build_model(model_class, config, dtype=dtype or config.dtype or torch.float32)
     return model.train(False)
 
 

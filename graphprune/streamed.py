@@ -29,7 +29,7 @@ from graphprune.rewrite.blueprint import build_empty, build_meta
 from graphprune.rewrite.checkpoint import PLAN
 from graphprune.rewrite.config import fit
 from graphprune.rewrite.graph import resized_graph
-from graphprune.rewrite.record import undescribed
+from graphprune.rewrite.record import check_described
 from graphprune.rewrite.stock import numbers, saved_shapes, shapes_after
 from graphprune.rewrite.stream import copy_rest, shared, write_cut
 from graphprune.select import select
@@ -92,7 +92,7 @@ def compile_streamed(
     source = open_source(checkpoint, weights=False)
     if source.path is None or not source.path.is_dir() or not isinstance(source.model, PreTrainedModel):
         raise UserMistake(f"{checkpoint} is no checkpoint directory", fix="give the directory that save_pretrained wrote")
-    undescribed(source.model.config)
+    check_described(source.model.config)
     inputs = source.example_inputs() if calibration is None else _weightless(calibration.inputs[0])
     budget = Budget(keep, keep_of, scope, kinds, tuple(protect), round_to, minimum, True, dict(target or {}))
     notes: list[str] = []

@@ -23,7 +23,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from graphprune.errors import ModelLimit, UserMistake, first_line
 from graphprune.rewrite import reshaped
-from graphprune.rewrite.record import RECORD, Record, heeding, record_of
+from graphprune.rewrite.record import RECORD, Record, read_model, record_of
 
 PLAN = "graphprune_plan.json"
 MODELLING = "modeling_pruned"
@@ -60,19 +60,19 @@ def complete_or_nothing(out: str | Path) -> Iterator[Path]:
 
 def save_transformers(model: PreTrainedModel, folder: Path) -> None:
     """A checkpoint like any other of the model's class; with modelling code that heeds the record, where the config carries one."""
-    record, kept = record_of(model.config), model.config.to_dict()
+    record = record_of(model.config)
     if record is None:
         model.save_pretrained(folder)
         return
-    stock = stock_class(type(model))
+    stock, mapped = stock_class(type(model)), hasattr(model.config, "auto_map")
     try:
         model.config.auto_map = _auto_map(stock)
         model.save_pretrained(folder)
     finally:
-        if "auto_map" not in kept:
+        if not mapped:
             del model.config.auto_map
-        (folder / f"{MODELLING}.py").write_text(_modelling(stock))
-        (folder / RECORD).write_text(json.dumps({"class": _path(stock)} | record))
+    (folder / f"{MODELLING}.py").write_text(_modelling(stock))
+    (folder / RECORD).write_text(json.dumps({"class": _path(stock)} | record))
 
 
 def save_plain(model: nn.Module, record: Record, folder: Path) -> None:
@@ -152,7 +152,9 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise UserMistake(f"{path} is not a checkpoint", why=first_line(error)) from error
     cls = _class(name)
     if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
-        return cls.from_pretrained(path) if record is None else _load_differing(cls, path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False) if record else None
+        loaded: nn.Module = read_model(cls, path, config)
+        return loaded
     return _load_plain(path, record or {}, model)
 
 
@@ -163,13 +165,6 @@ def _described(path: Path) -> tuple[str, Record | None]:
         return record["class"], record
     config = json.loads((path / "config.json").read_text())
     return f"transformers.{config['architectures'][0]}", config.get("pruned")
-
-
-def _load_differing(cls: type[PreTrainedModel], path: Path) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    loaded = heeding(cls, config).from_pretrained(path, config=config)
-    loaded.__class__ = cls
-    return loaded
 
 
 def _load_plain(path: Path, record: dict[str, Any], model: nn.Module | None) -> nn.Module:

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from graphprune.errors import ModelLimit
 from graphprune.rewrite.blueprint import Blueprint, Changes, Dim, Path, Sizes, as_text, dims, is_number, leaves, lookup
-from graphprune.rewrite.record import undescribed
+from graphprune.rewrite.record import check_described
 from graphprune.rewrite.shallow import depths, shallower
 
 DEEP = 4
@@ -69,7 +69,7 @@ def probe(model: PreTrainedModel) -> Probe:
 
 def described(model: PreTrainedModel) -> tuple[Blueprint, Few | None]:
     """The blueprint of a model's config, and of two layers in place of all. Raises ModelLimit where the model looks different."""
-    undescribed(model.config)
+    check_described(model.config)
     key = _key(model)
     blueprint = _blueprint(*key)
     for name, tensor in model.state_dict(keep_vars=True).items():

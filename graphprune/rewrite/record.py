@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn, view_as_real
@@ -31,7 +32,7 @@ def record_of(config: PreTrainedConfig | None) -> Record | None:
     return found if isinstance(found, dict) and "shapes" in found else None
 
 
-def undescribed(config: PreTrainedConfig) -> None:
+def check_described(config: PreTrainedConfig) -> None:
     """Raise ModelLimit where a config alone does not describe its model."""
     if record_of(config) is not None:
         raise ModelLimit("the model was pruned before, and its layers differ", why="its config alone does not describe it")
@@ -83,6 +84,22 @@ def _left(tensors: Iterable[tuple[str, T]], elements: Mapping[str, list[int]]) -
             yield f"{stack}.{elements[stack].index(int(element))}{dot}{rest}", tensor
 
 
-def heeding(cls: type[Model], config: PreTrainedConfig) -> type[Model]:
-    """``cls``, or one like it whose instances begin with the sizes that the config records."""
-    return cls if record_of(config) is None else type(cls.__name__, (Reshaped, cls), {"__module__": cls.__module__})
+def read_model(cls: type[Model], folder: Path, config: PreTrainedConfig | None, **options: Any) -> Any:
+    """What ``cls.from_pretrained`` gives, with the sizes that a config records, where it does."""
+    if record_of(config) is None:
+        return cls.from_pretrained(folder, **options)
+    found = heeding(cls).from_pretrained(folder, config=config, **options)
+    (found[0] if isinstance(found, tuple) else found).__class__ = cls
+    return found
+
+
+def build_model(cls: type[Model], config: PreTrainedConfig, **options: Any) -> Model:
+    """The same of ``cls._from_config``."""
+    built: Model = (cls if record_of(config) is None else heeding(cls))._from_config(config, **options)  # type: ignore[no-untyped-call]
+    built.__class__ = cls
+    return built
+
+
+def heeding(cls: type[Model]) -> type[Model]:
+    """One like ``cls`` whose instances begin with the sizes that their config records."""
+    return type(cls.__name__, (Reshaped, cls), {"__module__": cls.__module__})

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from graphprune.errors import ModelLimit, UserMistake, nearest
 from graphprune.rewrite.blueprint import Blueprint, Changes, Dim, Sizes, as_text, is_number, items, leaves, lookup
-from graphprune.rewrite.record import undescribed
+from graphprune.rewrite.record import check_described
 
 
 def shrink_depth(model: PreTrainedModel, keep_layers: Mapping[str, Sequence[int]]) -> PreTrainedConfig:
@@ -19,7 +19,7 @@ def shrink_depth(model: PreTrainedModel, keep_layers: Mapping[str, Sequence[int]
     Lists with one entry per layer keep the same entries; the kept layers are renumbered in order.
     """
     config = model.config
-    undescribed(config)
+    check_described(config)
     for stack, keep in keep_layers.items():
         config = _without_layers(Blueprint(type(model), type(config), as_text(config)), stack, sorted(set(keep)), config)
     return config
