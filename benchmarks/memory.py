@@ -1,74 +1,119 @@
-"""Peak memory of first-order Taylor scoring, next to a plain forward and backward whose gradients are freed as they appear.
+"""What scoring by gradients takes beside the weights, next to one plain forward and backward pass of the same model.
 
-    python benchmarks/memory.py [--layers 8] [--hidden 768]
+    python benchmarks/memory.py [--layers 16] [--hidden 1024] [--length 256] [taylor llm_pruner:order=second fisher]
 
-Each in a process of its own, above what the process holds once the model is built; prints both and the ratio with the weights
-counted in: (weights + scoring) / (weights + plain).
+Resident memory in MiB, each in a process of its own, on one thread, in float32 and bfloat16: ``pass`` is what two plain passes
+add to the weights that ask for the gradient of the embedding alone, so that activations are held and no gradient of a matrix is;
+``freed`` the same with the gradient of each matrix, freed as it appears; ``scores`` what scoring heads and FFN channels by the same
+two batches adds. ``ratio`` is (weights + scores) / (1.1 weights + pass).
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
+import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import graphprune
+from graphprune.pipeline import find_pass
 
-ROWS, LENGTH, BATCHES = 4, 128, 3
+Batches = tuple[dict[str, torch.Tensor], ...]
+MIB = 1 << 20
+VOCABULARY = 4000
+DTYPES = ("float32", "bfloat16")
 
 
 def main() -> None:
-    """Measure both and print the ratio."""
+    """Measure and print."""
     options = arguments()
-    if options.only:
-        print(measure(options.only, options.layers, options.hidden))
+    if options.one:
+        print(json.dumps(one(options, *options.one)))
         return
-    same = [sys.executable, __file__, "--layers", str(options.layers), "--hidden", str(options.hidden), "--only"]
-    runs = [subprocess.run([*same, what], capture_output=True, text=True, check=True) for what in ("plain", "taylor")]
-    plain, scoring = (float(run.stdout) for run in runs)
-    weights = 4 * sum(p.numel() for p in model(options.layers, options.hidden).parameters()) / 2**20
-    print(f"weights {weights:.0f} MiB, plain forward/backward +{plain:.0f} MiB, taylor scoring +{scoring:.0f} MiB")
-    print(f"ratio {(weights + scoring) / (weights + plain):.2f} (target 1.1)")
+    print(f"{'dtype':>9} {'method':>24} {'weights':>8} {'pass':>6} {'freed':>6} {'scores':>7} {'ratio':>6}")
+    for dtype in DTYPES:
+        for method in options.methods:
+            (weights, plain), (_, freed), (_, scores) = (apart(options, dtype, what) for what in ("pass", "freed", method))
+            ratio = (weights + scores) / (1.1 * weights + plain)
+            print(f"{dtype:>9} {method:>24} {weights:8.0f} {plain:6.0f} {freed:6.0f} {scores:7.0f} {ratio:6.2f}", flush=True)
 
 
-def model(layers: int, hidden: int) -> LlamaForCausalLM:
-    """A Llama with grouped queries and random weights."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=8192, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
-            num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128,
-        )
+def apart(options: argparse.Namespace, dtype: str, what: str) -> tuple[float, float]:
+    """The weights, and what one run added to them, in MiB."""
+    sizes = ["--layers", str(options.layers), "--hidden", str(options.hidden), "--length", str(options.length)]
+    command = [sys.executable, "-W", "ignore", __file__, *sizes, "--one", dtype, what]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    weights, added = json.loads(done.stdout.splitlines()[-1])
+    return weights, added
+
+
+def one(options: argparse.Namespace, dtype: str, what: str) -> tuple[float, float]:
+    """The same, in this process."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    hidden = options.hidden
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=options.layers,
+        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 256 or 1, tie_word_embeddings=False,
     )  # fmt: skip
+    model = LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
+    batches = tuple({"input_ids": torch.randint(0, VOCABULARY, (1, options.length))} for _ in range(2))
+    groups = graphprune.couple(graphprune.propagate(graphprune.trace(model, batches[0])))
+    groups = replace(groups, groups=tuple(group for group in groups if group.kind in ("head", "ffn")))
+    plain = what in ("pass", "freed")
+    run = passes(model, batches, free=what == "freed") if plain else scoring(model, groups, batches, what)
+    with torch.no_grad():
+        model(**batches[0])
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    run()
+    return sum(p.nbytes for p in model.parameters()) / MIB, (resident("VmHWM") - before) / MIB
 
 
-def measure(what: str, layers: int, hidden: int) -> float:
-    """MiB the process grew by at its peak."""
-    built = model(layers, hidden)
-    draw = torch.Generator().manual_seed(0)
-    batches = [{"input_ids": torch.randint(0, 8192, (ROWS, LENGTH), generator=draw)} for _ in range(BATCHES)]
-    start = peak()
-    if what == "plain":
-        graphprune.see_gradients(built, batches, lambda name, weight, gradient: None)
-    else:
-        graphprune.compile(built, keep=0.8, method="taylor", calibration=batches, verify=False)
-    return peak() - start
+def passes(model: LlamaForCausalLM, batches: Batches, *, free: bool) -> Callable[[], None]:
+    """Two passes that hold activations; gradients of the layers' matrices are freed as they appear, or not even made."""
+    table = model.get_input_embeddings().weight
+    matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
+    model.requires_grad_(requires_grad=False)
+    for weight in matrices if free else [table]:
+        weight.requires_grad_(requires_grad=True)
+        weight.register_post_accumulate_grad_hook(lambda leaf: setattr(leaf, "grad", None))
+
+    def run() -> None:
+        for batch in batches:
+            graphprune.language_loss(model, batch).backward()
+
+    return run
 
 
-def peak() -> float:
-    """Peak resident size in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def scoring(model: LlamaForCausalLM, groups: graphprune.Groups, batches: Batches, method: str) -> Callable[[], None]:
+    """The scores of a gradient method."""
+    name, *settings = method.split(":")
+    score = find_pass(name, **dict(setting.split("=") for setting in settings))
+    calibration = graphprune.Calibration(batches, "drawn")
+    return lambda: score({torch.nn.Module: model, graphprune.Groups: groups, graphprune.Calibration: calibration})
+
+
+def resident(which: str) -> int:
+    """Bytes; VmHWM is the most since clear_refs was written to (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(which)))
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--only", choices=("plain", "taylor"))
+    parser.add_argument("methods", nargs="*", default=["taylor", "llm_pruner:order=second", "fisher"])
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

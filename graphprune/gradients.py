@@ -12,11 +12,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from graphprune.disk import given_back
 from graphprune.errors import ModelLimit
 from graphprune.written import logits_of
 
 Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 """``loss(model, inputs)``: a scalar to differentiate."""
+
+LARGE = 4 << 20
+"""Bytes of a gradient or an activation that is worth giving back: holes between them would add up to another model."""
 
 SeeGradient = Callable[[str, nn.Parameter, Tensor], None]
 """``see(name, parameter, gradient)``, called once a parameter and backward pass; the gradient is freed afterwards.
@@ -55,7 +59,7 @@ def see_gradients(
     gradients of the model are left as they were. A transformers model on which ``activation_checkpointing_enable()`` was called
     computes the activations within its layers twice instead of keeping them.
     """
-    with _only_gradients_of(model, names) as parameters, _checkpointed(model):
+    with _only_gradients_of(model, names) as parameters, _checkpointed(model), given_back(LARGE):
         hooks = [_hand_over(name, parameter, see) for name, parameter in parameters.items()]
         try:
             for inputs in batches:
@@ -76,8 +80,9 @@ def one_by_one(batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]
 def _hand_over(name: str, parameter: nn.Parameter, see: SeeGradient) -> Any:
     def hook(leaf: Tensor) -> None:
         if leaf.grad is not None:
-            see(name, parameter, leaf.grad.to(torch.promote_types(leaf.grad.dtype, torch.float32)))
+            gradient = leaf.grad.to(torch.promote_types(leaf.grad.dtype, torch.float32))
             leaf.grad = None
+            see(name, parameter, gradient)
 
     return parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 

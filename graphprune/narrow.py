@@ -58,8 +58,14 @@ def stock_steps(model: nn.Module, groups: Groups, budget: Budget, emission: Emis
 
 def _step(model: PreTrainedModel, groups: Groups, kind: str, tried: Sequence[int], budget: Budget) -> int:
     """The first multiple that the config accepts, what was asked for where it accepts none."""
+    clear = _clear_step(model, groups, kind, tried, budget)
+    return clear or next((step for step in tried if not _refused(model, groups, kind, step, budget)), tried[0])
+
+
+def _clear_step(model: PreTrainedModel, groups: Groups, kind: str, tried: Sequence[int], budget: Budget) -> int | None:
+    """The first multiple of which it is plain that a config accepts it."""
     clear = (step for step in tried if obviously_expressible(model, groups.axes, _one_less(groups, kind, step, budget)))
-    return next(clear, 0) or next((step for step in tried if not _refused(model, groups, kind, step, budget)), tried[0])
+    return next(clear, None)
 
 
 def _steps(groups: Groups, kind: str, asked: int) -> list[int]:
@@ -70,13 +76,16 @@ def _steps(groups: Groups, kind: str, asked: int) -> list[int]:
 
 def _not_stock(model: PreTrainedModel, groups: Groups, kind: str, budget: Budget) -> str | None:
     """Why a config can express no smaller size of a kind, None where it can."""
-    first = ""
-    for step in _steps(groups, kind, for_kind(budget.round_to, kind)):
+    tried = _steps(groups, kind, for_kind(budget.round_to, kind))
+    if _clear_step(model, groups, kind, tried, budget):
+        return None
+    obstacles = []
+    for step in tried:
         obstacle = _refused(model, groups, kind, step, budget)
         if obstacle is None:
             return None
-        first = first or obstacle
-    return first or None
+        obstacles.append(obstacle)
+    return obstacles[0]
 
 
 def _refused(model: PreTrainedModel, groups: Groups, kind: str, step: int, budget: Budget) -> str | None:

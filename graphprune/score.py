@@ -23,8 +23,8 @@ Criterion = Callable[[str], Tensor | None]
 """The elementwise saliency of a tensor by name, in the tensor's shape; None for a tensor that has none."""
 
 
-Each = Callable[[Tensor], Tensor]
-"""An elementwise function of a block of a tensor."""
+Each = Callable[..., Tensor]
+"""An elementwise function of a block of a tensor, or of the same block of several tensors of one shape."""
 
 BLOCK = 1 << 18
 """Elements of a block: few enough to stay in a processor's cache."""
@@ -41,49 +41,45 @@ class Scores:
         return self.units[group]
 
 
-def to_units(saliency: Tensor, axes: Sequence[Axis], dim: int, factor: Factor, each: Each | None = None) -> Tensor:
+def to_units(
+    saliency: Tensor | Sequence[Tensor], axes: Sequence[Axis], dim: int, factor: Factor, each: Each = Tensor.double
+) -> Tensor:
     """Sum an elementwise saliency over everything but ``factor`` on dimension ``dim``: shape (units,), float64.
 
-    ``saliency`` has the shape that ``axes`` describe; ``each`` is applied to it first, block by block. A factor that occurs
-    twice on the dimension (``r + r``) collects both.
+    ``saliency`` has the shape that ``axes`` describe; ``each`` is applied to it first, block by block, as ``profile`` has it. A
+    factor that occurs twice on the dimension (``r + r``) collects both.
     """
     return gather_units(profile(saliency, dim, each), axes[dim], factor)
 
 
-def profile(tensor: Tensor, dim: int, each: Each | None = None) -> Tensor:
+def profile(tensors: Tensor | Sequence[Tensor], dim: int, each: Each = Tensor.double) -> Tensor:
     """``each`` of a tensor summed over all dimensions but one, with no second tensor of its size: (size of ``dim``,), float64.
 
-    Blocks are summed in float32 or better, and the blocks in float64. A ``dim`` below 0 is none: (1,). Of a tensor that is
-    spread over ranks each looks at its part.
+    Of several tensors of one shape, a weight and its gradient say, ``each`` is given the same block. Blocks are summed in float32
+    or better, and the blocks in float64. A ``dim`` below 0 is none: (1,). Of what is spread over ranks each looks at its part.
     """
-    return profiles(tensor, (dim,), each)[dim]
+    return profiles(tensors, (dim,), each)[dim]
 
 
-def profiles(tensor: Tensor, dims: Iterable[int], each: Each | None = None) -> dict[int, Tensor]:
-    """The profiles of several dimensions, of one look at the tensor."""
-    return {dim: completed(found, tensor, dim) for dim, found in _sums(own(tensor), tuple(dims), each).items()}
+def profiles(tensors: Tensor | Sequence[Tensor], dims: Iterable[int], each: Each = Tensor.double) -> dict[int, Tensor]:
+    """The profiles of several dimensions, of one look at the tensors."""
+    several = (tensors,) if isinstance(tensors, Tensor) else tensors
+    return {dim: completed(found, several[0], dim) for dim, found in _sums([*map(own, several)], tuple(dims), each).items()}
 
 
 @torch.no_grad()
-def _sums(tensor: Tensor, dims: Sequence[int], each: Each | None) -> dict[int, Tensor]:
-    if each is None:
-        return {dim: _sum(tensor, dim) for dim in dims}
-    totals = {d: torch.zeros(tensor.shape[d] if d >= 0 else 1, dtype=torch.float64, device=tensor.device) for d in dims}
-    step = max(1, BLOCK * len(tensor) // max(1, tensor.numel()))
-    for start in range(0, len(tensor), step):
-        block = each(tensor[start : start + step])
+def _sums(tensors: Sequence[Tensor], dims: Sequence[int], each: Each) -> dict[int, Tensor]:
+    tensors = [tensor if tensor.ndim else tensor[None] for tensor in tensors]
+    first = tensors[0]
+    totals = {d: torch.zeros(first.shape[d] if d >= 0 else 1, dtype=torch.float64, device=first.device) for d in dims}
+    step = max(1, BLOCK * len(first) // max(1, first.numel()))
+    for start in range(0, len(first), step):
+        block = each(*(tensor[start : start + step] for tensor in tensors))
         block = block.to(torch.promote_types(block.dtype, torch.float32))
         for dim, total in totals.items():
-            others = [other for other in range(tensor.ndim) if other != dim]
+            others = [other for other in range(first.ndim) if other != dim]
             (total[start : start + step] if dim == 0 else total).add_(block.sum(others) if others else block)
     return totals
-
-
-def _sum(tensor: Tensor, dim: int) -> Tensor:
-    if dim < 0:
-        return tensor.sum(dtype=torch.float64).reshape(1)
-    rows = tensor.movedim(dim, 0).flatten(1) if tensor.ndim > 1 else tensor.unsqueeze(1)
-    return rows.sum(1, dtype=torch.float64)
 
 
 def gather_units(profile: Tensor, axis: Axis, factor: Factor) -> Tensor:
@@ -137,7 +133,7 @@ def score(
     *,
     method: str,
     how: str = "sum",
-    each: Each | None = None,
+    each: Each = Tensor.double,
     after: Callable[[Tensor], Tensor] | None = None,
 ) -> Scores:
     """Score every group by an elementwise criterion.

@@ -36,7 +36,7 @@ from graphprune.select import select
 from graphprune.source import open_source
 from graphprune.trace import Inputs, Trace, trace
 
-BLOCKS = 2 << 20
+BLOCKS = 8 << 20
 """Bytes that the blocks in which files are read do not reach: their memory is used again and again."""
 
 VALUES = 128 << 10

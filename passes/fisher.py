@@ -36,7 +36,7 @@ def fisher(model: nn.Module, groups: Groups, calibration: Calibration) -> Scores
 
     def see(name: str, weight: nn.Parameter, gradient: Tensor) -> None:
         for group, dim in spots[name]:
-            units = to_units(weight.detach() * gradient, axes[name], dim, group.factor)
+            units = to_units((weight, gradient), axes[name], dim, group.factor, torch.mul)
             masks[group.name] = masks[group.name] + units if group.name in masks else units
 
     for sample in dealt(one_by_one(calibration.inputs), model):

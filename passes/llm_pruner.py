@@ -31,7 +31,7 @@ from graphprune import Calibration, Groups, Scores, combine, gather_units, see_g
 from graphprune.errors import UserMistake, nearest
 from graphprune.gradients import one_by_one
 from graphprune.ranks import dealt, summed
-from graphprune.score import profile
+from graphprune.score import profiles
 
 ORDERS = ("vector", "first", "second", "mixed")
 
@@ -83,11 +83,8 @@ def _summed(model: nn.Module, samples: Sequence[Any], spots: Mapping[str, set[in
     sums: dict[Spot, Tensor] = {}
 
     def see(name: str, weight: nn.Parameter, gradient: Tensor) -> None:
-        saliency = weight.detach() * gradient
-        saliency = saliency.square_() if second else saliency
-        for dim in spots[name]:
-            here = profile(saliency, dim) / len(samples)
-            sums[name, dim] = sums[name, dim] + here if (name, dim) in sums else here
+        for dim, total in profiles((weight, gradient), spots[name], _squared if second else torch.mul).items():
+            sums[name, dim] = sums.get((name, dim), 0) + total / len(samples)
 
     see_gradients(model, dealt(samples, model), see, names=spots)
     return summed(sums, model)
@@ -107,11 +104,17 @@ def _of_means(model: nn.Module, samples: Sequence[Any], spots: Mapping[str, set[
     weights: dict[str, nn.Parameter] = dict(model.named_parameters())
     sums: dict[Spot, Tensor] = {}
     for name, dims in spots.items():
-        saliency = mean.pop(name).mul_(weights[name].detach())
-        if mixed:
-            saliency -= square.pop(name).mul_(weights[name].detach().square()) / 2
-        sums |= {(name, dim): profile(saliency, dim, torch.abs) for dim in dims}
+        terms = (weights[name], mean.pop(name), *([square.pop(name)] if mixed else []))
+        sums |= {(name, dim): total for dim, total in profiles(terms, dims, _saliency).items()}
     return sums
+
+
+def _saliency(w: Tensor, g: Tensor, square: Tensor | None = None) -> Tensor:
+    return (w * g if square is None else w * g - w * (w * square) / 2).abs_()
+
+
+def _squared(w: Tensor, g: Tensor) -> Tensor:
+    return (w * g).square_()
 
 
 def _shares(weights: Mapping[str, Tensor], names: Iterable[str], count: int) -> list[list[str]]:

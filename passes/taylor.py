@@ -17,8 +17,9 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from graphprune import Calibration, Groups, Scores, combine, see_gradients, to_units
+from graphprune import Calibration, Groups, Scores, combine, gather_units, see_gradients
 from graphprune.ranks import dealt, summed
+from graphprune.score import profiles
 
 
 def taylor(model: nn.Module, groups: Groups, calibration: Calibration, *, aggregate: str = "sum") -> Scores:
@@ -30,9 +31,9 @@ def taylor(model: nn.Module, groups: Groups, calibration: Calibration, *, aggreg
     totals: dict[tuple[str, int], Tensor] = {}
 
     def see(name: str, weight: nn.Parameter, gradient: Tensor) -> None:
-        saliency = (weight.detach() * gradient).abs_()
+        sums = profiles((weight, gradient), {member.dim for _, _, member in spots[name]}, lambda w, g: (w * g).abs_())
         for group, place, member in spots[name]:
-            units = to_units(saliency, axes[name], member.dim, group.factor)
+            units = gather_units(sums[member.dim], axes[name][member.dim], group.factor)
             totals[group.name, place] = totals.get((group.name, place), torch.zeros_like(units)) + units
 
     see_gradients(model, dealt(calibration.inputs, model), see, names=spots)
