@@ -25,7 +25,7 @@ def exportable(model: nn.Module, batched: bool = True) -> Iterator[None]:
                 config.use_cache = False
         undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
-        if batched and loops_over_experts(model):
+        if batched and groups_experts(model):
             undo.enter_context(_batched_experts(model))
         yield
 
@@ -36,11 +36,14 @@ def _configs(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-def loops_over_experts(model: nn.Module) -> bool:
-    """Whether a transformers mixture of experts loops over data-dependent expert sets, which cannot be exported; batched it can."""
+def groups_experts(model: nn.Module) -> bool:
+    """Whether a transformers mixture of experts brings the tokens of each expert together, in a loop or sorted for one product.
+
+    A loop cannot be exported, and of a sorted list nobody can tell which expert a token came from; in batched products all is said.
+    """
     own = getattr(getattr(model, "config", None), "_experts_implementation", None)
     can = isinstance(model, PreTrainedModel) and any(_has_experts(module) for module in model.modules())
-    return can and own not in ("batched_mm", "grouped_mm")
+    return can and own != "batched_mm"
 
 
 def _has_experts(module: Any) -> bool:

@@ -150,8 +150,8 @@ def _drawn(name: str, shape: tuple[int, ...], settings: Mapping[str, Any], seed:
         return torch.ones(shape, dtype=torch.long)
     if name.endswith("ids"):
         special = [v for k, v in settings.items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)]
-        vocabulary = min((v for k, v in settings.items() if k.endswith("vocab_size") and v), default=2)
-        return ordinary_ids(vocabulary, special, shape, draw)
+        sizes = [v for k, v in settings.items() if k.endswith("vocab_size") and ("type" in k) == ("type" in name) and v]
+        return ordinary_ids(min(sizes, default=2), special, shape, draw)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return torch.randn(shape, generator=draw).to(dtype)
 

@@ -60,8 +60,8 @@ def sparsify(
     step = find_mask(method, **(options or {}))
     batches = _batches(model, calibration, example_inputs, needed=bool(statistics_of(step)))
     sparse, say = deepcopy(model), progress or _silent
-    with _sorted_experts(sparse), exportable(sparse):
-        axes = propagate(trace(sparse, batches[0]))
+    with _sorted_experts(sparse), exportable(sparse, batched=False):
+        axes = propagate(trace(sparse, batches[0], batched=False))
         chosen, spared = _choose(products(axes, routed=True), axes.trace, ends(axes), skip, shape)
         if not chosen:
             why = "; ".join(f"{name}: {reason}" for name, reason in list(spared.items())[:3])

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from graphprune.axes import Keep
 from graphprune.budget import Budget
-from graphprune.calls import all_arguments
 from graphprune.compiler import seeded, traced, with_extras
 from graphprune.data import Calibration
 from graphprune.disk import Checkpoint, OnDisk, given_back
@@ -23,6 +22,7 @@ from graphprune.groups import Groups, couple
 from graphprune.narrow import narrow, stock_steps
 from graphprune.pipeline import Pass, Progress, find_pass, run
 from graphprune.plan import Plan
+from graphprune.programs import same_program
 from graphprune.propagate import Axes, propagate
 from graphprune.ranks import leads, wait
 from graphprune.rewrite.blueprint import build_empty, build_meta
@@ -181,31 +181,6 @@ def static_config(model: PreTrainedModel, axes: Axes, keep: Keep, inputs: Inputs
         return same_program(wanted, found.graph) and _same_constants(axes.trace, found)
 
     return fit(model, shapes_after(axes, keep), numbers(axes, keep), computes_the_same)
-
-
-def same_program(one: fx.Graph, other: fx.Graph) -> bool:
-    """Whether two graphs call the same operations on the same operands with the same literals, in the same order."""
-    if len(one.nodes) != len(other.nodes):
-        return False
-    twins: dict[fx.Node, fx.Node] = {}
-    for node, twin in zip(one.nodes, other.nodes, strict=True):
-        twins[node] = twin
-        if node.op != twin.op or (node.op == "call_function" and _called(node) is not _called(twin)):
-            return False
-        if _arguments(node, twins) != _arguments(twin):
-            return False
-    return True
-
-
-def _called(node: fx.Node) -> Any:
-    """What a node calls; a reshape that need not copy is a view."""
-    return torch.ops.aten.view.default if node.target is torch.ops.aten.reshape.default else node.target
-
-
-def _arguments(node: fx.Node, twins: Mapping[fx.Node, fx.Node] | None = None) -> str:
-    """Arguments by name, defaults filled in, as text; operands under their twins' names."""
-    given: Any = list(all_arguments(node).values()) or (node.args, node.kwargs)
-    return repr(given if twins is None else fx.map_arg(given, twins.__getitem__))
 
 
 def _same_constants(one: Trace, other: Trace) -> bool:

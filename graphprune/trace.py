@@ -84,16 +84,16 @@ def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(inputs), {}
 
 
-def trace(model: nn.Module, example_inputs: Inputs, *, dynamic: bool = False, repeat: bool = True) -> Trace:
+def trace(model: nn.Module, example_inputs: Inputs, *, dynamic: bool = False, repeat: bool = True, batched: bool = True) -> Trace:
     """Trace ``model`` with torch.export on real, fake or meta tensors.
 
     ``dynamic`` leaves batch and sequence sizes open where the model allows it. ``repeat`` traces a block that has twins once
-    and writes it out again for each twin: the same trace for less. Raises ModelLimit, naming the model's own source line, when
-    the model cannot be exported.
+    and writes it out again for each twin: the same trace for less. ``batched``: experts as batched products, of which all is
+    known. Raises ModelLimit, naming the model's own source line, when the model cannot be exported.
     """
     args, kwargs = as_call(example_inputs)
     _check_tensors(model)
-    with exportable(model), _without_gradients(model), _forgetting():
+    with exportable(model, batched), _without_gradients(model), _forgetting():
         found = _repeated(model, args, kwargs) if repeat and not dynamic else None
         return found or _plain(model, args, kwargs, dynamic)
 

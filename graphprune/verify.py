@@ -21,7 +21,7 @@ from graphprune.axes import Axis, Keep
 from graphprune.disk import given_back
 from graphprune.errors import ModelLimit, RuleBug
 from graphprune.execute import Edit, execute, is_drawn
-from graphprune.exportable import exportable, loops_over_experts
+from graphprune.exportable import exportable, groups_experts
 from graphprune.groups import Groups
 from graphprune.memory import untouched
 from graphprune.propagate import Axes
@@ -226,7 +226,7 @@ def close(emitted: torch.nn.Module, inputs: Inputs, wanted: Reference) -> bool:
 @torch.no_grad()
 def computes(emitted: torch.nn.Module, inputs: Inputs, wanted: Reference) -> bool:
     """The same, but what the model raises is raised. Experts are run as they were traced and as the model runs them."""
-    for batched in {True, not loops_over_experts(emitted)}:
+    for batched in {True, not groups_experts(emitted)}:
         args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, as_call(inputs))
         with exportable(emitted, batched), same_draws(), untouched(emitted):
             found = leaves(emitted(*args, **kwargs))

@@ -60,10 +60,10 @@ def logits_of(output: Any) -> Tensor:
 
 
 def ordinary_ids(vocabulary: int, special: Iterable[int], shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
-    """Random token ids, none of them special."""
+    """Random token ids, none of them special where there are others."""
     allowed = torch.ones(vocabulary, dtype=torch.bool)
     allowed[[token for token in special if 0 <= token < vocabulary]] = False
-    ordinary = allowed.nonzero().flatten()
+    ordinary = (allowed if allowed.any() else ~allowed).nonzero().flatten()
     return ordinary[torch.randint(len(ordinary), shape, generator=draw)]
 
 

@@ -14,8 +14,11 @@ from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import graphprune
 from graphprune.errors import GraphpruneError, ModelLimit, UserMistake, nearest
+from graphprune.inputs import guess_inputs
 from graphprune.source import find_smollm2, open_source
+from graphprune.written import ordinary_ids
 
 LLAMA = LlamaConfig(
     vocab_size=31,
@@ -293,3 +296,36 @@ def test_errors_say_what_where_why_and_the_fix() -> None:
     assert (UserMistake.exit_code, ModelLimit.exit_code) == (2, 1)
     assert nearest("wnada", ["wanda", "magnitude"]) == "did you mean wanda?"
     assert nearest("xyz", ["b", "a"]) == "choose one of a, b"
+
+
+ENCODER = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize("types", [1, 2])
+def test_token_ids_range_over_the_vocabulary_whatever_the_number_of_token_types(types: int) -> None:
+    model = transformers.RobertaForMaskedLM(transformers.RobertaConfig(vocab_size=53, type_vocab_size=types, **ENCODER))
+    found = guess_inputs(model, model.config)
+    assert len(found["input_ids"].unique()) > 10
+
+
+def test_ids_are_special_where_there_are_no_others() -> None:
+    assert ordinary_ids(2, [0, 1], (3, 4), torch.Generator().manual_seed(0)).unique().tolist() == [0, 1]
+
+
+def test_experts_in_single_precision_take_inputs_whatever_way_the_model_runs_them() -> None:
+    """Grouped products, transformers' own choice, are refused in anything but bfloat16 where there are shapes only."""
+    config = transformers.MixtralConfig(vocab_size=53, num_key_value_heads=2, num_local_experts=4, **ENCODER)
+    model = transformers.MixtralForCausalLM(config)
+    assert model.config._experts_implementation == "grouped_mm"
+    assert guess_inputs(model, model.config).keys() == {"input_ids"}
+    assert model.config._experts_implementation == "grouped_mm"
+    assert graphprune.compile(model, keep=0.5).model.config.intermediate_size < 40
+
+
+def test_a_model_that_puts_other_parts_in_place_keeps_them(tmp_path: Path) -> None:
+    """big_bird takes its full attention for short inputs, and stays with it."""
+    model = transformers.BigBirdForMaskedLM(transformers.BigBirdConfig(vocab_size=53, **ENCODER))
+    result = graphprune.compile(model, keep=0.5)
+    graphprune.save(result, tmp_path / "smaller")
+    loaded = transformers.BigBirdForMaskedLM.from_pretrained(tmp_path / "smaller")
+    assert loaded.config.intermediate_size == result.model.config.intermediate_size < 40

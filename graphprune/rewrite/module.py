@@ -133,8 +133,15 @@ def _copied(module: nn.Module) -> nn.Module:
 
 
 def adopt(smaller: nn.Module, like: nn.Module) -> None:
-    """Give every module the plain attributes that the constructor of ``like``, the same architecture, gives it."""
-    for (_, mine), (_, theirs) in zip(smaller.named_modules(), like.named_modules(), strict=True):
+    """Give every module the plain attributes that the constructor of ``like``, the same architecture, gives it.
+
+    A part that a model has put in another's place since (big_bird's attention, for short inputs) keeps its own.
+    """
+    built = dict(like.named_modules())
+    for path, mine in smaller.named_modules():
+        theirs = built.get(path)
+        if theirs is None or type(theirs) is not type(mine):
+            continue
         for name, value in vars(theirs).items():
             if is_plain(value) and name != "training" and vars(mine).get(name) != value:
                 setattr(mine, name, value)

@@ -1,0 +1,51 @@
+"""Two graphs in, whether they are the same program out: the same operations on the same operands, however each is told of sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphprune.calls import all_arguments, operation
+
+aten = torch.ops.aten
+PIECES = ("split", "chunk", "tensor_split", "unsafe_chunk", "unsafe_split")
+"""Operations that cut a dimension into pieces whose sizes they work out."""
+
+
+def same_program(one: fx.Graph, other: fx.Graph) -> bool:
+    """Whether two graphs call the same operations on the same operands with the same literals, in the same order.
+
+    A reshape that need not copy is a view; a chunk is a split into the sizes that it gives; a squeeze names what it drops.
+    """
+    if len(one.nodes) != len(other.nodes):
+        return False
+    twins: dict[fx.Node, fx.Node] = {}
+    for node, twin in zip(one.nodes, other.nodes, strict=True):
+        twins[node] = twin
+        if node.op != twin.op:
+            return False
+        (target, arguments), (its_target, its_arguments) = _spelled(node), _spelled(twin)
+        if node.op == "call_function" and target is not its_target:
+            return False
+        if repr(fx.map_arg(arguments, twins.__getitem__)) != repr(its_arguments):
+            return False
+    return True
+
+
+def _spelled(node: fx.Node) -> tuple[Any, Any]:
+    """What a node calls and the arguments by name, defaults filled in; of operations that do the same always the same one."""
+    given: Mapping[str, Any] = all_arguments(node)
+    if node.target is aten.reshape.default:
+        return aten.view.default, list(given.values())
+    if operation(node) in PIECES:
+        sizes = [piece.shape[given["dim"]] for piece in node.meta["val"]]
+        return aten.split_with_sizes.default, [given["self"], sizes, given["dim"]]
+    if operation(node) == "squeeze":
+        shape = given["self"].meta["val"].shape
+        told = given.get("dim", list(range(len(shape))))
+        dims = sorted(dim % len(shape) for dim in (told if isinstance(told, list | tuple) else [told]))
+        return aten.squeeze.dims, [given["self"], [dim for dim in dims if shape[dim] == 1]]
+    return node.target, list(given.values()) or [node.args, node.kwargs]
