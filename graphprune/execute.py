@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphprune.calls import is_check, operation
+from graphprune.disk import OnDisk
+from graphprune.experts import Gathered, gathers, multiplied
 from graphprune.ranks import whole
 from graphprune.trace import Trace
 
@@ -119,6 +121,10 @@ class Walk:
         stored = None if self.dtype is None else self.stored(node)
         if stored is not None:
             return _in_parts(node, stored, fetch, self.dtype)
+        if gathers(node):
+            return self.gathered(node)
+        if node.target is aten.bmm.default:
+            return multiplied(*map(fetch, node.args))  # type: ignore[arg-type]
         if node not in self.calls:
             self.calls[node] = _retyped((node.args, node.kwargs), self.dtype)
         args, kwargs = fx.map_arg(self.calls[node], fetch)
@@ -138,6 +144,13 @@ class Walk:
             return None
         stored = whole(self.tensors[traced.name])
         return stored if self.edit is None else self.edit(node, weight, stored)
+
+    def gathered(self, node: fx.Node) -> Gathered:
+        """Matrices of a stack, one for each row, as they are stored: to be multiplied with one after the other."""
+        given: Any = node.args
+        stack = self.tensors[self.trace.tensors[given[0].name].name]
+        stack = stack if isinstance(stack, OnDisk) else whole(stack)
+        return Gathered(stack if self.edit is None else self.edit(node, given[0], stack), self.fetch(given[1][0]), self.dtype)
 
     def fetch(self, node: fx.Node) -> Any:
         """The value of a node; a weight is read the first time anything asks for it."""

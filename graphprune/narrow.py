@@ -16,6 +16,9 @@ from graphprune.facts import Emission, Notes
 from graphprune.groups import Groups
 from graphprune.rewrite.stock import each_obviously_expressible, expressible, obviously_expressible
 
+STACKED, ALIGNED = 3, 16
+"""Dimensions of a stack of experts' matrices, and bytes that their rows are multiples of in a grouped product."""
+
 TRIED_STEPS = 8
 """How many roundings are tried to find sizes a config accepts."""
 
@@ -43,6 +46,7 @@ def _without_recomputed(groups: Groups, notes: Notes) -> Groups:
 
 def stock_steps(model: nn.Module, groups: Groups, budget: Budget, emission: Emission) -> Budget:
     """The budget with each kind's sizes rounded to multiples that the config accepts (a width that heads must divide, say)."""
+    budget = _aligned(model, groups, budget) if emission.emit == "module" else budget
     if not isinstance(model, PreTrainedModel) or emission.emit != "module" or not budget.alike:
         return budget
     steps = {}
@@ -54,6 +58,19 @@ def stock_steps(model: nn.Module, groups: Groups, budget: Budget, emission: Emis
         if step > 1 or isinstance(budget.round_to, int):
             steps[kind] = step
     return replace(budget, round_to=steps)
+
+
+def _aligned(model: nn.Module, groups: Groups, budget: Budget) -> Budget:
+    """The same with widths of experts in multiples of 16 bytes where torch's grouped product, which asks for that, runs them."""
+    if isinstance(budget.round_to, int) or getattr(getattr(model, "config", None), "_experts_implementation", None) != "grouped_mm":
+        return budget
+    stacks = {name: p.element_size() for name, p in model.named_parameters(remove_duplicate=False) if p.ndim == STACKED}
+    steps: dict[str, int] = {}
+    for group in groups:
+        sizes = [stacks[member.name] for member in group.members if member.name in stacks and member.dim]
+        if sizes and group.kind not in (budget.round_to or {}) and budget.multiple(group) * min(sizes) % ALIGNED:
+            steps[group.kind] = ALIGNED // min(sizes)
+    return replace(budget, round_to={**(budget.round_to or {}), **steps}) if steps else budget
 
 
 def _step(model: PreTrainedModel, groups: Groups, kind: str, tried: Sequence[int], budget: Budget) -> int:

@@ -62,7 +62,8 @@ def masks(axes: Axes, keep: Keep) -> Edit:
 
     def edit(node: fx.Node, operand: fx.Node, value: Any) -> Any:
         for dim, mask in spots.get((node, operand), ()):
-            value = value * mask.to(value).reshape([-1 if d == dim else 1 for d in range(value.ndim)])
+            shape = [-1 if d == dim else 1 for d in range(value.ndim)]
+            value = value * (mask.to(value) if isinstance(value, Tensor) else mask).reshape(shape)
         return value
 
     return edit

@@ -1,0 +1,83 @@
+"""Mixtures of experts as transformers makes them: grouped products by default, seen as products of one matrix a row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import graphprune
+from graphprune.errors import GraphpruneError
+from graphprune.execute import execute, tensors_of
+from tests.models import VOCABULARY, sharpened
+
+WIDTH, HIDDEN, EXPERTS = 40, 24, 4
+
+
+def mixtral(dtype: torch.dtype = torch.float32, way: str = "grouped_mm") -> Any:
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=WIDTH, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=EXPERTS,
+    )  # fmt: skip
+    model: Any = sharpened(transformers.MixtralForCausalLM(config)).to(dtype).eval()
+    model.set_experts_implementation(way)
+    return model
+
+
+INPUTS = {"input_ids": torch.arange(22).reshape(2, 11) % VOCABULARY}
+
+
+@pytest.mark.parametrize("way", ["grouped_mm", "eager"])
+def test_groups_do_not_depend_on_how_a_model_runs_its_experts(way: str) -> None:
+    plain, other = (graphprune.couple(graphprune.propagate(graphprune.trace(mixtral(way=w), INPUTS))) for w in ("batched_mm", way))
+    assert [(group.name, group.kind, group.size) for group in plain] == [(group.name, group.kind, group.size) for group in other]
+    assert {"expert", "ffn"} <= set(other.kinds)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that anything gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.elements = max(self.elements, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_a_walk_multiplies_with_a_matrix_at_a_time_and_gathers_none(dtype: torch.dtype | None) -> None:
+    model = mixtral()
+    traced = graphprune.trace(model, INPUTS)
+    with torch.no_grad():
+        wanted = model(**INPUTS).logits
+        with Largest() as seen:
+            found = execute(traced, tensors_of(model, traced), traced.flatten(INPUTS), dtype=dtype)[0]
+    torch.testing.assert_close(found.to(wanted.dtype), wanted)
+    assert seen.elements < 44 * WIDTH * HIDDEN < 44 * 2 * WIDTH * HIDDEN  # 22 tokens, two experts each
+
+
+@pytest.mark.parametrize(("dtype", "multiple"), [(torch.float32, 4), (torch.bfloat16, 8)])
+def test_widths_of_experts_suit_the_grouped_product(dtype: torch.dtype, multiple: int, tmp_path: Path) -> None:
+    model = mixtral(dtype)
+    result = graphprune.compile(model, INPUTS, keep=0.55)
+    width = result.model.config.intermediate_size  # type: ignore[union-attr]
+    assert 0 < width < WIDTH
+    assert width % multiple == 0
+    graphprune.save(result, tmp_path / "smaller")
+    loaded = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "smaller", dtype=dtype)
+    assert all(torch.equal(tensor, result.model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    with torch.no_grad():
+        assert loaded(**INPUTS).logits.isfinite().all()
+    assert loaded.config._experts_implementation == model.config._experts_implementation == "grouped_mm"
+
+
+def test_a_width_that_was_asked_for_is_run_before_it_is_given() -> None:
+    with pytest.raises(GraphpruneError, match="multiple of 16 bytes"):
+        graphprune.compile(mixtral(torch.bfloat16), INPUTS, keep=0.55, kinds=["ffn"], round_to=1)
