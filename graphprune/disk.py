@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,22 @@ NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items(
 
 MAP_APART, HAND_BACK = -3, -1
 """``M_MMAP_THRESHOLD`` and ``M_TRIM_THRESHOLD`` in malloc.h."""
+
+
+class Stored(Protocol):
+    """A tensor in files, read and written where it lies."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def rows(self, first: int, last: int) -> Tensor: ...
+
+    def read(self) -> Tensor: ...
+
+    def write(self, tensor: Tensor) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,10 +219,10 @@ class OnDisk(nn.Parameter):
     It can be given a new value by ``put``; operations that would change it in place raise ModelLimit.
     """
 
-    entry: Entry
+    entry: Stored
 
     @staticmethod
-    def of(entry: Entry) -> OnDisk:
+    def of(entry: Stored) -> OnDisk:
         """The parameter for a place in a checkpoint."""
         make: Any = torch.Tensor._make_wrapper_subclass
         made = make(OnDisk, entry.shape, dtype=entry.dtype, device="cpu", requires_grad=False)

@@ -72,6 +72,8 @@ def _sums(tensors: Sequence[Tensor], dims: Sequence[int], each: Each) -> dict[in
     tensors = [tensor if tensor.ndim else tensor[None] for tensor in tensors]
     first = tensors[0]
     totals = {d: torch.zeros(first.shape[d] if d >= 0 else 1, dtype=torch.float64, device=first.device) for d in dims}
+    if first.ndim > 2 and first.numel() > BLOCK * len(first):
+        return _row_by_row(tensors, totals, each)
     step = max(1, BLOCK * len(first) // max(1, first.numel()))
     for start in range(0, len(first), step):
         block = each(*(tensor[start : start + step] for tensor in tensors))
@@ -79,6 +81,15 @@ def _sums(tensors: Sequence[Tensor], dims: Sequence[int], each: Each) -> dict[in
         for dim, total in totals.items():
             others = [other for other in range(first.ndim) if other != dim]
             (total[start : start + step] if dim == 0 else total).add_(block.sum(others) if others else block)
+    return totals
+
+
+def _row_by_row(tensors: Sequence[Tensor], totals: dict[int, Tensor], each: Each) -> dict[int, Tensor]:
+    """The same of a stack of matrices, of which one is more than a block."""
+    for row in range(len(tensors[0])):
+        sums = _sums([tensor[row : row + 1][0] for tensor in tensors], sorted({max(dim - 1, -1) for dim in totals}), each)
+        for dim, total in totals.items():
+            (total[row : row + 1] if dim == 0 else total).add_(sums[max(dim - 1, -1)])
     return totals
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from graphprune.axes import Keep
+from graphprune.axes import Axis, Keep
 from graphprune.budget import Budget
 from graphprune.compiler import seeded, traced, with_extras
 from graphprune.data import Calibration
@@ -20,6 +20,7 @@ from graphprune.errors import ModelLimit, UserMistake
 from graphprune.facts import Emission, Example, Notes, Pruned
 from graphprune.groups import Groups, couple
 from graphprune.narrow import narrow, stock_steps
+from graphprune.parts import layout
 from graphprune.pipeline import Pass, Progress, find_pass, run
 from graphprune.plan import Plan
 from graphprune.programs import same_program
@@ -28,6 +29,7 @@ from graphprune.ranks import leads, wait
 from graphprune.rewrite.blueprint import build_empty, build_meta
 from graphprune.rewrite.checkpoint import PLAN
 from graphprune.rewrite.config import fit
+from graphprune.rewrite.files import cuts
 from graphprune.rewrite.graph import resized_graph
 from graphprune.rewrite.record import check_described
 from graphprune.rewrite.stock import numbers, saved_shapes, shapes_after
@@ -129,7 +131,7 @@ def write(model: nn.Module, groups: Groups, plan: Plan, example: Example, files:
         copy_rest(files.checkpoint.folder, files.folder)
         config.save_pretrained(files.folder)
         plan.save(files.folder / PLAN)
-        write_cut(files.checkpoint, _by_file_name(axes, files.checkpoint), keep, files.folder)
+        write_cut(files.checkpoint, cuts(layout(model, files.checkpoint), _by_name(axes), keep), files.folder)
     wait()
     return Pruned(opened(model, config, axes, keep, Checkpoint(files.folder)), config=config)
 
@@ -140,15 +142,16 @@ def opened(model: nn.Module, config: PreTrainedConfig, axes: Axes, keep: Keep, f
     Raises ModelLimit when names or shapes differ.
     """
     built: nn.Module = build_empty(type(model), config)  # type: ignore[type-var]
+    places = layout(built, files)  # type: ignore[arg-type]
     for tensor in axes.trace.tensors.values():
         shape = tuple(axis.resized(keep) for axis in axes.tensors[tensor.name])
-        name = next((name for name in tensor.names if name in files.entries), None)
-        if tensor.kind == "constant" or (tensor.kind == "buffer" and name is None):
+        entry = next((places[name].entry for name in tensor.names if name in places), None)
+        if tensor.kind == "constant" or (tensor.kind == "buffer" and entry is None):
             continue
-        if name is None or files.entries[name].shape != shape:
-            why = "no such tensor in the files" if name is None else f"it is {files.entries[name].shape} there, {shape} here"
+        if entry is None or entry.shape != shape:
+            why = "no such tensor in the files" if entry is None else f"it is {entry.shape} there, {shape} here"
             raise ModelLimit(f"{tensor.name} cannot be streamed", at=str(files.folder), why=why, fix="compile it in memory")
-        value: Any = OnDisk.of(files.entries[name]) if tensor.kind == "parameter" else files[name]
+        value: Any = OnDisk.of(entry) if tensor.kind == "parameter" else entry.read()
         for alias in tensor.names:
             home, _, leaf = alias.rpartition(".")
             held: dict[str, Any] = vars(built.get_submodule(home))["_parameters" if tensor.kind == "parameter" else "_buffers"]
@@ -156,13 +159,10 @@ def opened(model: nn.Module, config: PreTrainedConfig, axes: Axes, keep: Keep, f
     return built
 
 
-def _by_file_name(axes: Axes, files: Checkpoint) -> dict[str, Any]:
-    return {
-        name: axes.tensors[tensor.name]
-        for tensor in axes.trace.tensors.values()
-        for name in tensor.names
-        if name in files.entries and tensor.kind != "constant"
-    }
+def _by_name(axes: Axes) -> dict[str, tuple[Axis, ...]]:
+    """The axes of what a model holds, under each of its names."""
+    held = [tensor for tensor in axes.trace.tensors.values() if tensor.kind != "constant"]
+    return {name: axes.tensors[tensor.name] for tensor in held for name in tensor.names}
 
 
 # ── the config, without a weight ─────────────────────────────────────────────────────────────────────────────────────

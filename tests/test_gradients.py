@@ -93,7 +93,7 @@ def test_second_order_scores_hold_no_gradient(order: str, held: int, monkeypatch
     assert (most <= 2) is (held == 1)
 
 
-@pytest.mark.parametrize("shape", [(), (7,), (5, 7), (3, 5, 7)])
+@pytest.mark.parametrize("shape", [(), (7,), (5, 7), (3, 5, 7), (3, 2, 2)])
 def test_a_function_of_several_tensors_is_summed_block_by_block(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["graphprune.score"], "BLOCK", 10)
     one, other = torch.randn(2, *shape, dtype=torch.float64)

@@ -20,10 +20,12 @@ from graphprune import abreast, disk
 from graphprune.cli import main
 from graphprune.disk import Checkpoint, OnDisk, put
 from graphprune.errors import GraphpruneError
+from graphprune.parts import Assembled, layout
 from graphprune.rewrite import stream
 from graphprune.rewrite.stream import streamed
 from graphprune.streamed import compile_streamed
 from tests.models import VOCABULARY, sharpened
+from tests.zoo.entries import build
 
 
 def saved(
@@ -352,3 +354,46 @@ def test_killed_at_any_time_while_two_threads_write_it_is_whole_or_not_there(tmp
     found = kill(tmp_path, saved(tmp_path / "model", shard="9MB", hidden=480, layers=8), "time", 12, 24)
     assert {tuple(row[:2]) for row in found} <= {("False", "1"), ("True", "0")}
     assert sum(row[0] == "False" for row in found) > 4
+
+
+@pytest.mark.parametrize("kind", [None, "expert"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_neox", "glm", "mamba2", "olmo_hybrid", "gemma3", "nomic_bert"])
+def test_what_files_hold_in_other_parts_is_cut_as_in_memory(name: str, kind: str | None, tmp_path: Path) -> None:
+    """A file for each expert, fused or split projections, other names: transformers puts them together, and takes them apart."""
+    model: Any = build(name, "all").model
+    model.save_pretrained(tmp_path / "model")
+    opened = graphprune.open_source(tmp_path / "model")
+    if kind is not None and "moe" not in name and name != "mixtral":
+        pytest.skip("no experts")
+    options: Any = {"keep": 0.55, "kinds": kind and [kind]}
+    whole = graphprune.compile(opened.model, opened.example_inputs(), method="magnitude", **options)
+    graphprune.save(whole, tmp_path / "whole", opened)
+    result = compile_streamed(tmp_path / "model", tmp_path / "out", **options)
+    assert result.plan.dumps() == whole.plan.dumps()
+    mine, theirs = tensors(tmp_path / "out"), tensors(tmp_path / "whole")
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+    assert any(tensor.shape != shape for tensor, shape in zip(mine.values(), _shapes(tmp_path / "model", mine), strict=True)) or kind
+    found: Any = type(model).from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(tensor, whole.model.state_dict()[name]) for name, tensor in found.items())
+
+
+def _shapes(folder: Path, names: Any) -> list[torch.Size]:
+    found = tensors(folder)
+    return [found[name].shape for name in names]
+
+
+def test_a_repair_writes_where_the_files_hold_the_parts(tmp_path: Path) -> None:
+    model: Any = build("hrm_text", "all").model
+    model.save_pretrained(tmp_path / "model")
+    files = Checkpoint(tmp_path / "model")
+    places = layout(model, files)
+    before = {name: place.entry.read() for name, place in places.items()}
+    assembled = [name for name, place in places.items() if isinstance(place.entry, Assembled)]
+    changed = {name: torch.randn(before[name].shape) for name in assembled[::2]}
+    for name, value in changed.items():
+        places[name].entry.write(value)
+    assert len(changed) > 5
+    assert all(torch.equal(place.entry.read(), changed.get(name, before[name])) for name, place in places.items())
+    loaded = type(model).from_pretrained(tmp_path / "model").state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in changed.items())

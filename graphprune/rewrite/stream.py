@@ -1,4 +1,4 @@
-"""A checkpoint directory, axes and what each factor keeps in, a smaller checkpoint directory out, block by block.
+"""A checkpoint directory and what stays of its tensors in, a smaller checkpoint directory out, block by block.
 
 The output has the shards of the input under the same names. What stays in one piece goes from file to file within the system; of
 the rest no more than a block of one tensor is in memory at a time.
@@ -10,9 +10,11 @@ import fcntl
 import json
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from errno import EINVAL, ENOSYS, EOPNOTSUPP, EPERM, EXDEV
 from io import FileIO
 from math import prod
@@ -22,10 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphprune.axes import Axis, Keep
 from graphprune.disk import INDEX, NAMES, Checkpoint, Entry, as_bytes, cut_short, write_all
 from graphprune.ranks import leads, told, wait
 from graphprune.rewrite.checkpoint import complete_or_nothing
+from graphprune.rewrite.files import Cut
 
 BLOCK = 1 << 20
 """Bytes read at a time: few enough to stay in a processor's cache, and to be taken from memory that was used before."""
@@ -87,44 +89,59 @@ def _remove_if_dead(left: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def write_cut(checkpoint: Checkpoint, axes: Mapping[str, tuple[Axis, ...]], keep: Keep, folder: Path) -> None:
-    """Write every shard with its tensors cut, and the index. ``axes`` has the tensors by the names the checkpoint gives them."""
-    shards: dict[Path, dict[str, Entry]] = {file: {} for file in checkpoint.files}
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A tensor to be written: where it lies, and the positions that stay of each dimension that shrinks."""
+
+    entry: Entry
+    kept: Mapping[int, Tensor]
+
+    @property
+    def shape(self) -> list[int]:
+        """What it will have."""
+        return [len(self.kept[dim]) if dim in self.kept else size for dim, size in enumerate(self.entry.shape)]
+
+
+def write_cut(checkpoint: Checkpoint, cuts: Mapping[str, Cut], folder: Path) -> None:
+    """Write every shard with its tensors cut, and the index. ``cuts`` has what is not to be as it is, by name."""
+    shards: dict[Path, dict[str, Piece]] = defaultdict(dict)
     for name, entry in checkpoint.entries.items():
-        shards[entry.file][name] = entry
+        cut = cuts.get(name, Cut(name))
+        if cut.name is not None:
+            less = {dim: torch.tensor(kept) for dim, kept in enumerate(cut.kept) if len(kept) < entry.shape[dim]}
+            shards[entry.file][cut.name] = Piece(entry, less)
     with ThreadPoolExecutor(AT_ONCE) as workers:
-        total = sum(workers.map(lambda file: _write_shard(shards[file], axes, keep, folder / file.name), shards))
+        total = sum(workers.map(lambda file: _write_shard(shards[file], folder / file.name), shards))
     weight_map = {name: file.name for file, own in shards.items() for name in own}
     if (checkpoint.folder / INDEX).is_file():
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_shard(entries: Mapping[str, Entry], axes: Mapping[str, tuple[Axis, ...]], keep: Keep, target: Path) -> int:
+def _write_shard(pieces: Mapping[str, Piece], target: Path) -> int:
     """One file: the header first, since every size is known before anything is read."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     place = 0
-    for name, entry in entries.items():
-        shape = [axis.resized(keep) for axis in axes[name]] if name in axes else list(entry.shape)
-        size = prod(shape) * entry.dtype.itemsize
-        header[name] = {"dtype": NAMES[entry.dtype], "shape": shape, "data_offsets": [place, place + size]}
+    for name, piece in pieces.items():
+        dtype, shape = piece.entry.dtype, piece.shape
+        size = prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [place, place + size]}
         place += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with target.open("wb", buffering=0) as stream:
         write_all(stream, len(text).to_bytes(8, "little") + text)
-        for name, entry in entries.items():
-            kept = {dim: torch.tensor(axis.kept(keep)) for dim, axis in enumerate(axes.get(name, ())) if axis.shrinks(keep)}
-            pieces = _pieces(entry, kept)
-            if pieces is not None:
-                _copy(entry.file, pieces, stream)
+        for piece in pieces.values():
+            runs = _runs(piece.entry, piece.kept)
+            if runs is not None:
+                _copy(piece.entry.file, runs, stream)
                 continue
-            for block in _cut_blocks(entry, kept):
+            for block in _cut_blocks(piece.entry, piece.kept):
                 write_all(stream, as_bytes(block.contiguous()))
     return place
 
 
-def _pieces(entry: Entry, kept: Mapping[int, Tensor]) -> list[tuple[int, int]] | None:
+def _runs(entry: Entry, kept: Mapping[int, Tensor]) -> list[tuple[int, int]] | None:
     """Where the surviving bytes of a tensor begin and how many they are, run by run; None where they are in too many places."""
     if not kept or not entry.size:
         return [(entry.start, entry.size)]
@@ -133,8 +150,8 @@ def _pieces(entry: Entry, kept: Mapping[int, Tensor]) -> list[tuple[int, int]] |
     row, rows = entry.size // entry.shape[0], kept[0].numpy()
     firsts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
     counts = np.diff(firsts, append=len(rows))
-    pieces = zip((entry.start + row * rows[firsts]).tolist(), (row * counts).tolist(), strict=True)
-    return list(pieces) if row * len(rows) >= PIECE * len(firsts) else None
+    runs = zip((entry.start + row * rows[firsts]).tolist(), (row * counts).tolist(), strict=True)
+    return list(runs) if row * len(rows) >= PIECE * len(firsts) else None
 
 
 def _copy(file: Path, pieces: Iterable[tuple[int, int]], target: FileIO) -> None:

@@ -1,0 +1,71 @@
+"""Where a model's tensors lie in files, axes and what each factor keeps in, what stays of every tensor of the files out."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from graphprune.axes import Axis, Keep
+from graphprune.errors import ModelLimit
+from graphprune.parts import Box, Place
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What stays of a tensor: its new name, None where nothing does, and the positions that stay, by dimension."""
+
+    name: str | None
+    kept: tuple[Sequence[int], ...] = ()
+
+
+def cuts(places: Mapping[str, Place], axes: Mapping[str, tuple[Axis, ...]], keep: Keep) -> dict[str, Cut]:
+    """What stays of those tensors of the files that are part of one which shrinks; both mappings are by the model's names.
+
+    Raises ModelLimit where that is no rectangle.
+    """
+    smaller = {name for name in places if any(axis.shrinks(keep) for axis in axes.get(name, ()))}
+    touched = {box.source for name in smaller for box in places[name].boxes}
+    parts: dict[str, list[Cut]] = defaultdict(list)
+    for name, place in places.items():
+        if any(box.source in touched for box in place.boxes):
+            whole = [range(size) for size in place.entry.shape]
+            kept = [axis.kept(keep) for axis in axes[name]] if name in smaller else whole
+            for source, cut in _left(place.boxes, kept):
+                parts[source].append(cut)
+    return {source: _together(source, own) for source, own in parts.items()}
+
+
+def _left(boxes: Sequence[Box], kept: Sequence[Sequence[int]]) -> Iterator[tuple[str, Cut]]:
+    """What stays of each part of a tensor: of what is numbered, the first names go to those that stay."""
+    names = {box.place: box.source for box in boxes}
+    numbers = [{position: number for number, position in enumerate(positions)} for positions in kept]
+    known: dict[tuple[int, int, int], list[int]] = {}
+    for box in boxes:
+        numbered = [dim for dim, held in enumerate(box.dims) if held is None]
+        if any(box.place[dim] not in numbers[dim] for dim in numbered):
+            yield box.source, Cut(None)
+            continue
+        place = tuple(numbers[dim][at] if dim in numbered else at for dim, at in enumerate(box.place))
+        positions: list[Sequence[int]] = [()] * len(box.start)
+        for dim, held in enumerate(box.dims):
+            if held is not None:
+                span = (dim, box.place[dim], box.shape[dim])
+                if span not in known:
+                    known[span] = [at - span[1] for at in kept[dim] if span[1] <= at < span[1] + span[2]]
+                start = box.start[held]
+                positions[held] = [start + at for at in known[span]] if start else known[span]
+        yield box.source, Cut(names[place], tuple(positions))
+
+
+def _together(source: str, parts: Sequence[Cut]) -> Cut:
+    """What stays of a tensor of which parts go to several."""
+    left = [part for part in parts if part.name is not None]
+    if len(left) < 2:
+        return left[0] if left else Cut(None)
+    kept = tuple(sorted(set().union(*own)) for own in zip(*(part.kept for part in left), strict=True))
+    if prod(map(len, kept)) != sum(prod(map(len, part.kept)) for part in left):
+        why = "it is several tensors of the model, which shrink apart"
+        raise ModelLimit(f"{source} cannot be streamed", why=why, fix="compile it in memory")
+    return Cut(left[0].name, kept)
