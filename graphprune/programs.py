@@ -18,7 +18,8 @@ PIECES = ("split", "chunk", "tensor_split", "unsafe_chunk", "unsafe_split")
 def same_program(one: fx.Graph, other: fx.Graph) -> bool:
     """Whether two graphs call the same operations on the same operands with the same literals, in the same order.
 
-    A reshape that need not copy is a view; a chunk is a split into the sizes that it gives; a squeeze names what it drops.
+    A reshape that need not copy is a view; a chunk is a split into the sizes that it gives; a squeeze names what it drops; what is
+    viewed as another tensor is told its shape.
     """
     if len(one.nodes) != len(other.nodes):
         return False
@@ -40,6 +41,8 @@ def _spelled(node: fx.Node) -> tuple[Any, Any]:
     given: Mapping[str, Any] = all_arguments(node)
     if node.target is aten.reshape.default:
         return aten.view.default, list(given.values())
+    if operation(node) == "view_as":
+        return aten.view.default, [given["self"], list(node.meta["val"].shape)]
     if operation(node) in PIECES:
         sizes = [piece.shape[given["dim"]] for piece in node.meta["val"]]
         return aten.split_with_sizes.default, [given["self"], sizes, given["dim"]]

@@ -41,7 +41,7 @@ def sensitivity(
     """Scores (units,) in nats a prediction. Raises UserMistake unless ``0 < share < 1``, ModelLimit without logits.
 
     ``samples`` rows are read, or as many as were traced, the first ones of the first batches, so that text of all kinds in a
-    mixture is among them.
+    mixture is among them. Groups that no product reads (experts, among which a router chooses) keep their scores.
     """
     if not 0 < share < 1:
         raise UserMistake(f"share is {share}", fix="give a number between 0 and 1, 0.2 for instance")
@@ -63,8 +63,11 @@ def sensitivity(
     if not predictions:
         raise UserMistake(f"no {traced} rows of calibration to measure on", fix="give as many rows as the model was traced with")
     foreseen = {name: float(scores[name][units].sum()) for name, units in lowest.items()}
-    scale = {name: lost[name] / predictions / foreseen[name] if foreseen[name] > 0 else 0.0 for name in lowest}
+    scale = {name: lost[name] / predictions / foreseen[name] if foreseen[name] > 0 else 0.0 for name in lost}
+    if not scale:
+        return scores
     least = LEAST * median(scale.values())
+    scale |= dict.fromkeys(lowest.keys() - lost.keys(), 1.0)
     return Scores({name: scores[name] * max(scale[name], least) for name in lowest}, f"{scores.method}, measured at {share:.0%}")
 
 
@@ -81,13 +84,14 @@ def _rows(calibration: Calibration) -> Iterator[Mapping[str, Any]]:
 def _distances(axes: Axes, tensors: Mapping[str, Tensor], flat: Sequence[Any], kept: Mapping[str, Keep]) -> dict[str, Any]:
     """For each group Σ KL over the predictions for one batch, and under "" how many these are.
 
-    A masked run begins where the first product reads what is masked; what is before is the original's.
+    A masked run begins where the first product reads what is masked; what is before is the original's. What none reads is left out.
     """
     trace, nodes = axes.trace, list(axes.trace.graph.nodes)
     dying, begins = last_uses(nodes), defaultdict(list)
     for name, keep in kept.items():
         reads = {use.node for use in axes.uses if use.role == "contracted" and use.axis.shrinks(keep)}
-        begins[next(node for node in nodes if node in reads)].append(name)
+        for first in islice((node for node in nodes if node in reads), 1):
+            begins[first].append(name)
     wanted = _predictions(trace, execute(trace, tensors, flat))
     found: dict[str, Any] = {"": len(wanted)}
     whole = Walk(trace, tensors, dict(zip(trace.inputs, flat, strict=True)))

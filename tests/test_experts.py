@@ -81,3 +81,12 @@ def test_widths_of_experts_suit_the_grouped_product(dtype: torch.dtype, multiple
 def test_a_width_that_was_asked_for_is_run_before_it_is_given() -> None:
     with pytest.raises(GraphpruneError, match="multiple of 16 bytes"):
         graphprune.compile(mixtral(torch.bfloat16), INPUTS, keep=0.55, kinds=["ffn"], round_to=1)
+
+
+@pytest.mark.parametrize("kinds", [["expert"], ["head", "ffn"]])
+def test_the_default_recipe_for_text_serves_experts(kinds: list[str]) -> None:
+    draw = torch.Generator().manual_seed(0)
+    rows = [{"input_ids": torch.randint(0, VOCABULARY, (2, 16), generator=draw)} for _ in range(2)]
+    result = graphprune.compile(mixtral(), keep=0.6, kinds=kinds, calibration=rows)
+    config: Any = result.model.config
+    assert (config.num_local_experts < EXPERTS, config.intermediate_size < WIDTH) == ("expert" in kinds, "ffn" in kinds)
