@@ -15,6 +15,7 @@ from graphprune.axes import Axis, Place
 from graphprune.calls import operation
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.execute import tensors_of
+from graphprune.experts import gathers
 from graphprune.groups import Groups
 from graphprune.propagate import Axes
 from graphprune.ranks import dealt, summed
@@ -37,9 +38,12 @@ SeeInput = Callable[[Consumer, Tensor], None]
 """``see(consumer, x)`` with x of shape (positions, width): every input vector of one consumer in one batch."""
 
 
-def consumers(axes: Axes) -> tuple[Consumer, ...]:
-    """Every place where a weight contracts an activation, in execution order (a tied weight may appear twice)."""
-    weights = _weights(axes)
+def consumers(axes: Axes, *, experts: bool = True) -> tuple[Consumer, ...]:
+    """Every place where a weight contracts an activation, in execution order (a tied weight may appear twice).
+
+    ``experts``: also where each row meets its own matrix of a stack, which then counts as one weight that all rows meet.
+    """
+    weights = _weights(axes, experts)
     met: dict[fx.Node, list[Any]] = defaultdict(list)
     for use in axes.uses:
         if use.role == "contracted":
@@ -55,8 +59,8 @@ def consumers(axes: Axes) -> tuple[Consumer, ...]:
     return tuple(found)
 
 
-def _weights(axes: Axes) -> dict[fx.Node, tuple[str, bool]]:
-    """The nodes that are a weight, and whether they are it turned (``x @ weight.T``)."""
+def _weights(axes: Axes, experts: bool) -> dict[fx.Node, tuple[str, bool]]:
+    """The nodes that are a weight, or its matrices one a row, and whether they are it turned (``x @ weight.T``)."""
     found: dict[fx.Node, tuple[str, bool]] = {}
     for node in axes.trace.graph.nodes:
         tensor = axes.trace.tensors.get(node.name)
@@ -66,6 +70,8 @@ def _weights(axes: Axes) -> dict[fx.Node, tuple[str, bool]]:
             name, turned = found.get(operand, ("", False))
             if name and len(axes.tensors[name]) == 2 and _is_turned(node):
                 found[node] = (name, not turned)
+            elif name and experts and gathers(node):
+                found[node] = (name, False)
     return found
 
 

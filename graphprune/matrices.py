@@ -108,7 +108,7 @@ def _contractions(axes: Axes) -> list[Product]:
             batches[use.node, use.operand].append(use)
     placeholders = {axes.trace.tensors[node.name].name: node for node in _weights(axes)}
     found = []
-    for consumer in consumers(axes):
+    for consumer in consumers(axes, experts=False):
         if consumer.weight not in axes.trace.parameters or _convolution(consumer.node) is not None:
             continue
         mine, theirs = (batches[consumer.node, operand] for operand in (placeholders[consumer.weight], consumer.operand))

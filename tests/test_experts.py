@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import graphprune
 from graphprune.errors import GraphpruneError
 from graphprune.execute import execute, tensors_of
+from graphprune.pipeline import find_pass
 from tests.models import VOCABULARY, sharpened
 
 WIDTH, HIDDEN, EXPERTS = 40, 24, 4
@@ -90,3 +92,20 @@ def test_the_default_recipe_for_text_serves_experts(kinds: list[str]) -> None:
     result = graphprune.compile(mixtral(), keep=0.6, kinds=kinds, calibration=rows)
     config: Any = result.model.config
     assert (config.num_local_experts < EXPERTS, config.intermediate_size < WIDTH) == ("expert" in kinds, "ffn" in kinds)
+
+
+@pytest.mark.parametrize("method", ["wanda_sp", "flap", "minitron", "fisher"])
+def test_what_all_rows_bring_to_a_stack_scores_the_width_of_its_experts(method: str) -> None:
+    """The stack is one weight, which every row meets that is sent to an expert: a channel that is always zero matters least."""
+    model = mixtral()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.experts.gate_up_proj[:, [5, 5 + WIDTH]] = 0
+    calibration = graphprune.Calibration((INPUTS,), "drawn")
+    groups = graphprune.couple(graphprune.propagate(graphprune.trace(model, INPUTS)))
+    widths = replace(groups, groups=tuple(group for group in groups if group.kind == "ffn"))
+    scores = find_pass(method).function(model, widths, calibration)
+    assert len(widths) == 2
+    for group in widths:
+        assert scores[group.name].shape == (WIDTH,)
+        assert int(scores[group.name].argmin()) == 5
