@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._export.utils import _compiling_state_context
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers import PreTrainedConfig
 
@@ -98,13 +99,14 @@ def _free(choices: Sequence[int], taken: set[int], limit: int | None = None) -> 
 
 
 def _name_sets(model: Any, config: PreTrainedConfig) -> list[list[str]]:
-    """Sets of inputs to try: the main and the required ones, then with a decoder's, then with each modality's."""
+    """Sets of inputs to try: the main and the required ones, then with a decoder's, with each modality's, with a mask."""
     takes = inspect.signature(model.forward).parameters
     required = [name for name, p in takes.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     main = getattr(model, "main_input_name", None) or "input_ids"
     least = [*([main] if isinstance(main, str) else main), *required]
     decoder = ["decoder_input_ids"]
-    tries = [[*least, *decoder] if config.is_encoder_decoder else least, [*least, *decoder], [*least, *MODALITY_INPUTS]]
+    usual = [*least, *decoder] if config.is_encoder_decoder else least
+    tries = [usual, [*least, *decoder], [*least, *MODALITY_INPUTS], [*usual, "attention_mask"]]
     known = [list(dict.fromkeys(name for name in names if name in takes)) for names in tries]
     return [names for i, names in enumerate(known) if names and names not in known[:i]]
 
@@ -157,14 +159,15 @@ def _drawn(name: str, shape: tuple[int, ...], settings: Mapping[str, Any], seed:
 
 
 def _refusal(model: nn.Module, inputs: Mapping[str, Tensor]) -> Exception | None:
-    """What a weightless shadow of the model says against these inputs; None if their shapes suit it."""
+    """What a weightless shadow of the model, told that it is being exported, says against these inputs; None if they suit it."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         weightless: dict[int, Any] = {id(tensor): _blank(tensor) for tensor in (*model.parameters(), *model.buffers())}
         fed = {name: torch.empty_like(value) for name, value in inputs.items()}
     shadow = copy.deepcopy(model, weightless)
+    watched = Repeats(shadow, marked=False).watching()
     try:
-        with mode, torch.no_grad(), _unlogged(FAKE_LOG), exportable(shadow), Repeats(shadow, marked=False).watching():
+        with mode, torch.no_grad(), _unlogged(FAKE_LOG), exportable(shadow), _compiling_state_context(), watched:
             shadow(**fed)
     except (DataDependentOutputException, DynamicOutputShapeException):
         return None

@@ -19,6 +19,7 @@ from graphprune.errors import GraphpruneError, ModelLimit, UserMistake, nearest
 from graphprune.inputs import guess_inputs
 from graphprune.source import find_smollm2, open_source
 from graphprune.written import ordinary_ids
+from tests.zoo.entries import build
 
 LLAMA = LlamaConfig(
     vocab_size=31,
@@ -329,3 +330,9 @@ def test_a_model_that_puts_other_parts_in_place_keeps_them(tmp_path: Path) -> No
     graphprune.save(result, tmp_path / "smaller")
     loaded = transformers.BigBirdForMaskedLM.from_pretrained(tmp_path / "smaller")
     assert loaded.config.intermediate_size == result.model.config.intermediate_size < 40
+
+
+def test_a_mask_is_given_where_a_model_makes_none_while_it_is_exported() -> None:
+    model: Any = build("longt5", "seq2seq").model
+    assert guess_inputs(model, model.config).keys() == {"input_ids", "decoder_input_ids", "attention_mask"}
+    assert graphprune.compile(model, keep=0.7, method="magnitude").plan.cost["after"] != {}
