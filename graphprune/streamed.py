@@ -32,7 +32,7 @@ from graphprune.rewrite.config import fit
 from graphprune.rewrite.files import cuts
 from graphprune.rewrite.graph import resized_graph
 from graphprune.rewrite.record import check_described
-from graphprune.rewrite.stock import numbers, saved_shapes, shapes_after
+from graphprune.rewrite.stock import numbers, same_buffers, saved_shapes, shapes_after
 from graphprune.rewrite.stream import copy_rest, shared, write_cut
 from graphprune.select import select
 from graphprune.source import open_source
@@ -174,9 +174,11 @@ def static_config(model: PreTrainedModel, axes: Axes, keep: Keep, inputs: Inputs
     for tensor in axes.trace.tensors.values():
         if tensor.kind == "buffer" and tensor.name in unsaved and any(axis.shrinks(keep) for axis in axes.tensors[tensor.name]):
             raise ModelLimit(f"{tensor.name} would shrink, and no checkpoint holds it", fix="compile it in memory")
-    wanted = resized_graph(axes, keep)
+    wanted, before = resized_graph(axes, keep), build_empty(type(model), model.config)
 
     def computes_the_same(config: PreTrainedConfig) -> bool:
+        if not same_buffers(before, build_empty(type(model), config)):
+            return False
         found = trace(build_meta(type(model), config), inputs)
         return same_program(wanted, found.graph) and _same_constants(axes.trace, found)
 

@@ -392,3 +392,13 @@ def test_a_repair_writes_where_the_files_hold_the_parts(tmp_path: Path) -> None:
     assert all(torch.equal(place.entry.read(), changed.get(name, before[name])) for name, place in places.items())
     loaded = type(model).from_pretrained(tmp_path / "model").state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in changed.items())
+
+
+def test_a_config_that_computes_another_buffer_is_none(tmp_path: Path) -> None:
+    """Gemma scales its embeddings by the root of the width that its config says."""
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.GemmaConfig(vocab_size=VOCABULARY, head_dim=12, **sizes)
+    transformers.GemmaForCausalLM(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(GraphpruneError, match="none computes the same"):
+        compile_streamed(tmp_path / "model", tmp_path / "out", keep=0.6, kinds=["hidden"])
+    assert not (tmp_path / "out").exists()

@@ -60,7 +60,7 @@ def stock_config(
     def takes(config: PreTrainedConfig) -> bool:
         with no_init_weights():
             built = build_empty(type(model), config)
-        if not _same_buffers(smaller, built):
+        if not same_buffers(smaller, built):
             return False
         adopt(smaller, built)
         return accept(smaller)
@@ -68,8 +68,8 @@ def stock_config(
     return fit(model, shapes_after(axes, keep), numbers(axes, keep), takes)
 
 
-def _same_buffers(smaller: nn.Module, built: nn.Module) -> bool:
-    """Whether the buffers that no checkpoint holds are, give or take rounding, what the constructor computes (Gemma's √hidden)."""
+def same_buffers(smaller: nn.Module, built: nn.Module) -> bool:
+    """Whether buffers that no checkpoint holds (Gemma's √hidden) are, give or take rounding, the same in both."""
     saved = smaller.state_dict(keep_vars=True).keys()
     found = dict(built.named_buffers())
     for name, mine in smaller.named_buffers():
