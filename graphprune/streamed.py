@@ -149,7 +149,7 @@ def opened(model: nn.Module, config: PreTrainedConfig, axes: Axes, keep: Keep, f
         if tensor.kind == "constant" or (tensor.kind == "buffer" and entry is None):
             continue
         if entry is None or entry.shape != shape:
-            why = "no such tensor in the files" if entry is None else f"it is {entry.shape} there, {shape} here"
+            why = "the files have it neither whole nor in parts" if entry is None else f"it is {entry.shape} there, {shape} here"
             raise ModelLimit(f"{tensor.name} cannot be streamed", at=str(files.folder), why=why, fix="compile it in memory")
         value: Any = OnDisk.of(entry) if tensor.kind == "parameter" else entry.read()
         for alias in tensor.names:

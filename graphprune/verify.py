@@ -21,7 +21,7 @@ from graphprune.axes import Axis, Keep
 from graphprune.disk import given_back
 from graphprune.errors import ModelLimit, RuleBug
 from graphprune.execute import Edit, execute, is_drawn
-from graphprune.exportable import exportable, groups_experts
+from graphprune.exportable import exportable
 from graphprune.groups import Groups
 from graphprune.memory import untouched
 from graphprune.propagate import Axes
@@ -226,14 +226,10 @@ def close(emitted: torch.nn.Module, inputs: Inputs, wanted: Reference) -> bool:
 
 @torch.no_grad()
 def computes(emitted: torch.nn.Module, inputs: Inputs, wanted: Reference) -> bool:
-    """The same, but what the model raises is raised. Experts are run as they were traced and as the model runs them."""
-    for batched in {True, not groups_experts(emitted)}:
-        args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, as_call(inputs))
-        with exportable(emitted, batched), same_draws(), untouched(emitted):
-            found = leaves(emitted(*args, **kwargs))
-        if not wanted.agrees(found):
-            return False
-    return True
+    """The same, but what the model raises is raised. Experts are run as the model runs them, however they were traced."""
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, as_call(inputs))
+    with exportable(emitted, batched=False), same_draws(), untouched(emitted):
+        return wanted.agrees(leaves(emitted(*args, **kwargs)))
 
 
 def check_traced(model: torch.nn.Module, trace: Trace, tensors: Mapping[str, Tensor], inputs: Inputs) -> None:
