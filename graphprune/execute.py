@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -121,7 +121,7 @@ class Walk:
         stored = None if self.dtype is None else self.stored(node)
         if stored is not None:
             return _in_parts(node, stored, fetch, self.dtype)
-        if gathers(node):
+        if gathers(node) and self.is_own(node.args[0]):
             return self.gathered(node)
         if node.target is aten.bmm.default:
             return multiplied(*map(fetch, node.args))  # type: ignore[arg-type]
@@ -135,15 +135,20 @@ class Walk:
         """The large weight that an operation reads, in the precision it is stored in, where it need not be whole in another."""
         place = READS_WEIGHT.get(node.target)
         weight = None if place is None or node.kwargs else node.args[place]
-        if not isinstance(weight, fx.Node) or weight in self.values or weight.name in self.trace.lent:
+        if not self.is_own(weight):
             return None
-        traced = self.trace.tensors.get(weight.name)
-        if traced is None or traced.dtype == self.dtype or not traced.dtype.is_floating_point:
+        traced = self.trace.tensors[weight.name]
+        if traced.dtype == self.dtype or not traced.dtype.is_floating_point:
             return None
         if prod(traced.shape) <= PART or prod(traced.shape[2:]) > 1 or node.args[6:] not in ((), (1,)):
             return None
         stored = whole(self.tensors[traced.name])
         return stored if self.edit is None else self.edit(node, weight, stored)
+
+    def is_own(self, weight: Any) -> TypeGuard[fx.Node]:
+        """Whether an operand is a tensor of the model, as it was given and not yet read."""
+        known = isinstance(weight, fx.Node) and weight.name in self.trace.tensors
+        return known and weight not in self.values and weight.name not in self.trace.lent
 
     def gathered(self, node: fx.Node) -> Gathered:
         """Matrices of a stack, one for each row, as they are stored: to be multiplied with one after the other."""

@@ -41,7 +41,8 @@ class Gathered:
         made: Tensor | None = None
         for number in torch.unique(self.numbers).tolist():
             mine = (self.numbers == number).nonzero().flatten()
-            matrix = self.stack[number : number + 1][0]
+            first = number % len(self.stack)
+            matrix = self.stack[first : first + 1][0]
             part = product(rows[mine], matrix.to(self.dtype or matrix.dtype))
             made = part.new_empty(len(rows), *part.shape[1:]) if made is None else made
             made[mine] = part
@@ -50,13 +51,16 @@ class Gathered:
 
 
 def gathers(node: fx.Node) -> bool:
-    """Whether a node takes matrices from a stack that the graph is given, one for each row, for nothing but products."""
-    if node.target is not aten.index.Tensor or node.args[0].op != "placeholder":  # type: ignore[union-attr]
+    """Whether a node takes matrices from a stack that the graph is given, one for each row by its number, only for products."""
+    if node.target is not aten.index.Tensor:
         return False
-    value, numbers = node.meta.get("val"), node.args[1]
-    if not isinstance(value, Tensor) or value.ndim != DIMS or len(numbers) != 1 or numbers[0].meta["val"].ndim != 1:  # type: ignore[arg-type, union-attr, index]
+    stack, numbers = node.args
+    if not isinstance(stack, fx.Node) or stack.op != "placeholder" or not isinstance(numbers, list | tuple) or len(numbers) != 1:
         return False
-    return all(user.target is aten.bmm.default for user in node.users)
+    shapes = [operand.meta.get("val") if isinstance(operand, fx.Node) else None for operand in (node, numbers[0])]
+    matrices, own = ((value.ndim, value.dtype) if isinstance(value, Tensor) else (0, None) for value in shapes)
+    by_number = own in ((1, torch.int64), (1, torch.int32))
+    return matrices[0] == DIMS and by_number and all(user.target is aten.bmm.default for user in node.users)
 
 
 def multiplied(one: Any, other: Any) -> Tensor:

@@ -109,3 +109,24 @@ def test_what_all_rows_bring_to_a_stack_scores_the_width_of_its_experts(method: 
     for group in widths:
         assert scores[group.name].shape == (WIDTH,)
         assert int(scores[group.name].argmin()) == 5
+
+
+class Chosen(torch.nn.Module):
+    """Matrices chosen by numbers from the end, by truth, and from a stack that is an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = torch.nn.Parameter(torch.randn(3, 5, 4))
+
+    def forward(self, x: torch.Tensor, given: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        truth = torch.tensor([True, False, True])
+        return torch.bmm(x, self.stack[numbers]), torch.bmm(x, given[numbers]), torch.bmm(x[:2], self.stack[truth])
+
+
+def test_matrices_are_chosen_as_indexing_does() -> None:
+    torch.manual_seed(0)
+    model, inputs = Chosen(), (torch.randn(6, 2, 5), torch.randn(3, 5, 4), torch.tensor([0, -1, 2, 1, -3, 0]))
+    traced = graphprune.trace(model, inputs)
+    found = execute(traced, tensors_of(model, traced), traced.flatten(inputs))
+    for mine, theirs in zip(found, model(*inputs), strict=True):
+        torch.testing.assert_close(mine, theirs.detach())
