@@ -16,9 +16,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
+from resident import Peak
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import graphprune
@@ -70,10 +70,9 @@ def one(options: argparse.Namespace, dtype: str, what: str) -> tuple[float, floa
     run = passes(model, batches, free=what == "freed") if plain else scoring(model, groups, batches, what)
     with torch.no_grad():
         model(**batches[0])
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
-    run()
-    return sum(p.nbytes for p in model.parameters()) / MIB, (resident("VmHWM") - before) / MIB
+    with Peak() as peak:
+        run()
+    return sum(p.nbytes for p in model.parameters()) / MIB, peak.extra / MIB
 
 
 def passes(model: LlamaForCausalLM, batches: Batches, *, free: bool) -> Callable[[], None]:
@@ -98,12 +97,6 @@ def scoring(model: LlamaForCausalLM, groups: graphprune.Groups, batches: Batches
     score = find_pass(name, **dict(setting.split("=") for setting in settings))
     calibration = graphprune.Calibration(batches, "drawn")
     return lambda: score({torch.nn.Module: model, graphprune.Groups: groups, graphprune.Calibration: calibration})
-
-
-def resident(which: str) -> int:
-    """Bytes; VmHWM is the most since clear_refs was written to (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(which)))
 
 
 def arguments() -> argparse.Namespace:

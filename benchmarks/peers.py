@@ -27,6 +27,7 @@ from typing import Any
 import matplotlib
 import torch
 from networks import NETWORKS, llama
+from resident import Peak
 from torch import nn
 
 import graphprune
@@ -144,24 +145,6 @@ def one(system: str, name: str, keep: float) -> dict[str, float]:
         seconds = time.process_time() - start
     kept = sum(p.numel() for p in pruned.parameters()) / before
     return {"seconds": seconds, "extra": peak.extra / size, "kept": kept}
-
-
-class Peak:
-    """How far resident memory rose above where it was: the kernel remembers the highest (Linux)."""
-
-    def __enter__(self) -> Peak:
-        Path("/proc/self/clear_refs").write_text("5")
-        self.start = resident("VmRSS")
-        return self
-
-    def __exit__(self, *problem: object) -> None:
-        self.extra = resident("VmHWM") - self.start
-
-
-def resident(which: str) -> int:
-    """Bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(which)))
 
 
 def by_us(model: nn.Module, inputs: Any, keep: float, bare: bool) -> nn.Module:

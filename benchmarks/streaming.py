@@ -1,11 +1,12 @@
 """Peak memory and time of a streamed compile, next to copying the same files; or under a memory limit, of one that scores.
 
-    python benchmarks/streaming.py [--gigabytes 3] [--keep 0.8]
+    python benchmarks/streaming.py [--gigabytes 3] [--keep 0.8] [--experts 64]
     python benchmarks/streaming.py --gigabytes 0.4 --method flap --pass least_squares --limit 100
 
 The first makes a sharded bfloat16 checkpoint with random weights, shard by shard, copies it with cp and compiles it in turns, and
 prints the ratio of times, CPU seconds, and the peak resident size against 1 GiB and the two largest tensors. The second gives the
-compile's process at most so many MiB of memory of its own (RLIMIT_DATA) beyond what it holds once everything is imported.
+compile's process at most so many MiB of memory of its own (RLIMIT_DATA) beyond what it holds once everything is imported. With
+experts the model is a mixture of so many a layer, of which the files hold a matrix each, as transformers saves them.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from math import prod
 from pathlib import Path
 
 import torch
+from resident import status
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 import graphprune
 from graphprune.disk import INDEX, Checkpoint
@@ -57,16 +60,17 @@ def main() -> None:
 
 
 def make(folder: Path, options: argparse.Namespace) -> None:
-    """A Llama-like checkpoint of about so many bytes, never more than a shard in memory."""
-    hidden = options.hidden
-    config = LlamaConfig(
-        vocab_size=options.vocabulary, hidden_size=hidden, intermediate_size=3 * hidden, num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 128, num_hidden_layers=1, dtype=torch.bfloat16, tie_word_embeddings=False,
+    """A checkpoint of about so many bytes, Llama-like or a mixture of experts, never more than a shard in memory."""
+    hidden, wide = options.hidden, 3 * options.hidden
+    mixture = {"num_experts": options.experts, "moe_intermediate_size": wide // 4} if options.experts else {}
+    config = (Qwen3MoeConfig if options.experts else LlamaConfig)(
+        vocab_size=options.vocabulary, hidden_size=hidden, intermediate_size=wide, num_attention_heads=hidden // 64, head_dim=64,
+        num_key_value_heads=hidden // 128, num_hidden_layers=1, dtype=torch.bfloat16, tie_word_embeddings=False, **mixture,
     )  # fmt: skip
     one, two = (_bytes(config, layers) for layers in (1, 2))
     config.num_hidden_layers = max(1, round((options.gigabytes * 2**30 - one) / (two - one)) + 1)
     folder.mkdir()
-    config.architectures = ["LlamaForCausalLM"]
+    config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]
     config.save_pretrained(folder)
     weight_map: dict[str, str] = {}
     for number, shapes in enumerate(_shards(config), 1):
@@ -76,17 +80,20 @@ def make(folder: Path, options: argparse.Namespace) -> None:
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def _meta(config: LlamaConfig, layers: int | None = None) -> dict[str, tuple[int, ...]]:
-    config = LlamaConfig(**{**config.to_dict(), "num_hidden_layers": layers or config.num_hidden_layers})
+def _meta(config: PreTrainedConfig, layers: int | None = None) -> dict[str, tuple[int, ...]]:
+    """What files hold of a model, by name."""
+    config = type(config)(**{**config.to_dict(), "num_hidden_layers": layers or config.num_hidden_layers})
     with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in LlamaForCausalLM(config).named_parameters()}
+        model = AutoModelForCausalLM.from_config(config)
+        held = revert_weight_conversion(model, dict(model.named_parameters()))
+    return {name: tuple(tensor.shape) for name, tensor in held.items()}
 
 
-def _bytes(config: LlamaConfig, layers: int) -> int:
+def _bytes(config: PreTrainedConfig, layers: int) -> int:
     return sum(2 * prod(shape) for shape in _meta(config, layers).values())
 
 
-def _shards(config: LlamaConfig) -> Iterator[dict[str, tuple[int, ...]]]:
+def _shards(config: PreTrainedConfig) -> Iterator[dict[str, tuple[int, ...]]]:
     shard: dict[str, tuple[int, ...]] = {}
     for name, shape in _meta(config).items():
         if shard and sum(2 * prod(s) for s in shard.values()) + 2 * prod(shape) > SHARD:
@@ -124,26 +131,21 @@ def measured(options: argparse.Namespace) -> None:
         ids = torch.randint(0, options.vocabulary, (BATCHES, ROWS, LENGTH), generator=draw)
         calibration = graphprune.Calibration(tuple({"input_ids": rows} for rows in ids), "drawn")
     if options.limit:
-        allowed = (status("VmData") + options.limit) << 20
+        allowed = status("VmData") + (options.limit << 20)
         resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
     begun, worked = time.monotonic(), time.process_time()
 
     def show(stage: str) -> None:
         seconds = f"{time.monotonic() - begun:6.1f} s  {time.process_time():6.1f} CPU s"
-        print(f"{seconds}  {status('VmRSS')} MiB resident, {status('VmData')} MiB own  {stage}", file=sys.stderr, flush=True)
+        held, own = status("VmRSS") >> 20, status("VmData") >> 20
+        print(f"{seconds}  {held} MiB resident, {own} MiB own  {stage}", file=sys.stderr, flush=True)
 
     compile_streamed(
         source, out, keep=options.keep, method=options.method, calibration=calibration, passes=options.extra, progress=show
     )
     show("done")
     seconds, cpu = time.monotonic() - begun, time.process_time() - worked
-    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": status("VmHWM")}))
-
-
-def status(row: str) -> int:
-    """What this process has, in MiB: VmHWM is its peak resident size (ru_maxrss would count its parent's too), VmData its own."""
-    rows = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(rows[row].split()[0]) >> 10
+    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": status("VmHWM") >> 20}))
 
 
 def arguments() -> argparse.Namespace:
@@ -152,6 +154,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gigabytes", type=float, default=3.0)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--experts", type=int, default=0, help="a mixture of so many a layer")
     parser.add_argument("--keep", type=float, default=0.8)
     parser.add_argument("--method", default="magnitude")
     parser.add_argument("--pass", dest="extra", action="append", default=[])
