@@ -34,6 +34,9 @@ NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items(
 MAP_APART, HAND_BACK = -3, -1
 """``M_MMAP_THRESHOLD`` and ``M_TRIM_THRESHOLD`` in malloc.h."""
 
+_apart = [32 << 20]
+"""From how many bytes on memory is mapped apart, block within block; the first is where glibc would end by itself."""
+
 
 class Stored(Protocol):
     """A tensor in files, read and written where it lies."""
@@ -153,15 +156,17 @@ def available_memory() -> int | None:
 @contextmanager
 def given_back(size: int) -> Iterator[None]:
     """Meanwhile, memory of so many bytes or more goes back to the system as soon as it is free, and costs more to get; then all
-    that is free does.
+    that is free does. Within another such block the smaller size counts.
 
     Left alone, glibc keeps what tensors left in its heap, where small objects between them soon make it useless for larger ones.
     """
-    _map_apart(size)
+    _apart.append(min(size, _apart[-1]))
+    _map_apart(_apart[-1])
     try:
         yield
     finally:
-        _map_apart(32 << 20)
+        _apart.pop()
+        _map_apart(_apart[-1])
         hand_back()
 
 
@@ -171,7 +176,7 @@ def hand_back() -> None:
 
 
 def _map_apart(size: int) -> None:
-    """Map at least so many bytes apart; 32 MiB is where glibc would end by itself.
+    """Map at least so many bytes apart.
 
     As much may lie idle at the end of the heap. Left alone glibc raises both; told of one it leaves the other at 128 KiB, and
     each tensor that is freed there goes back to the system only to be asked for anew.

@@ -402,3 +402,12 @@ def test_a_config_that_computes_another_buffer_is_none(tmp_path: Path) -> None:
     with pytest.raises(GraphpruneError, match="none computes the same"):
         compile_streamed(tmp_path / "model", tmp_path / "out", keep=0.6, kinds=["hidden"])
     assert not (tmp_path / "out").exists()
+
+
+def test_memory_is_given_back_by_the_smaller_of_sizes_within_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(disk, "_tell", lambda *call: told.append(call))
+    with disk.given_back(1 << 17), disk.given_back(4 << 20):
+        pass
+    apart = [size for function, *arguments in told if function == "mallopt" for size in arguments[1:]]
+    assert apart[::2] == apart[1::2] == [1 << 17, 1 << 17, 1 << 17, 32 << 20]
