@@ -123,12 +123,11 @@ class Walk:
             return _in_parts(node, stored, fetch, self.dtype)
         if gathers(node) and self.is_own(node.args[0]):
             return self.gathered(node)
-        if node.target is aten.bmm.default:
-            return multiplied(*map(fetch, node.args))  # type: ignore[arg-type]
         if node not in self.calls:
             self.calls[node] = _retyped((node.args, node.kwargs), self.dtype)
         args, kwargs = fx.map_arg(self.calls[node], fetch)
-        value = node.target(*args, **kwargs)  # type: ignore[operator]
+        target: Any = multiplied if node.target is aten.bmm.default else node.target
+        value = target(*args, **kwargs)
         return value.fill_(DRAWN) if self.dtype is not None and is_drawn(node) else value
 
     def stored(self, node: fx.Node) -> Tensor | None:

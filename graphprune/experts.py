@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 aten = torch.ops.aten
-DIMS = 3
+STACKED = 3
 """Dimensions of a stack of matrices."""
 
 
@@ -23,7 +23,7 @@ class Gathered:
 
     @property
     def ndim(self) -> int:
-        return DIMS
+        return STACKED
 
     def __mul__(self, mask: Tensor) -> Gathered:
         """Every matrix times the same mask, (1, …, …)."""
@@ -38,16 +38,13 @@ class Gathered:
         return self._each(rows, torch.matmul)
 
     def _each(self, rows: Tensor, product: Any) -> Tensor:
-        made: Tensor | None = None
+        places, parts = [], []
         for number in torch.unique(self.numbers).tolist():
-            mine = (self.numbers == number).nonzero().flatten()
             first = number % len(self.stack)
             matrix = self.stack[first : first + 1][0]
-            part = product(rows[mine], matrix.to(self.dtype or matrix.dtype))
-            made = part.new_empty(len(rows), *part.shape[1:]) if made is None else made
-            made[mine] = part
-        assert made is not None
-        return made
+            places.append((self.numbers == number).nonzero().flatten())
+            parts.append(product(rows[places[-1]], matrix.to(self.dtype or matrix.dtype)))
+        return torch.cat(parts)[torch.cat(places).argsort()]
 
 
 def gathers(node: fx.Node) -> bool:
@@ -57,10 +54,10 @@ def gathers(node: fx.Node) -> bool:
     stack, numbers = node.args
     if not isinstance(stack, fx.Node) or stack.op != "placeholder" or not isinstance(numbers, list | tuple) or len(numbers) != 1:
         return False
-    shapes = [operand.meta.get("val") if isinstance(operand, fx.Node) else None for operand in (node, numbers[0])]
-    matrices, own = ((value.ndim, value.dtype) if isinstance(value, Tensor) else (0, None) for value in shapes)
-    by_number = own in ((1, torch.int64), (1, torch.int32))
-    return matrices[0] == DIMS and by_number and all(user.target is aten.bmm.default for user in node.users)
+    made, number = (operand.meta.get("val") if isinstance(operand, fx.Node) else None for operand in (node, numbers[0]))
+    if not isinstance(made, Tensor) or not isinstance(number, Tensor) or number.dtype not in (torch.int64, torch.int32):
+        return False
+    return made.ndim == STACKED and number.ndim == 1 and all(user.target is aten.bmm.default for user in node.users)
 
 
 def multiplied(one: Any, other: Any) -> Tensor:

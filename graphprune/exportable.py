@@ -10,10 +10,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+BATCHED, GROUPED = "batched_mm", "grouped_mm"
+"""Ways of running experts: a product a row, and one product of all rows, sorted by their expert."""
+
 
 @contextmanager
-def exportable(model: nn.Module, batched: bool = True) -> Iterator[None]:
-    """Evaluation mode, no key-value cache among the outputs, experts as ``batched`` products: what export needs, then undone."""
+def exportable(model: nn.Module, experts: str | None = BATCHED) -> Iterator[None]:
+    """Evaluation mode, no key-value cache among the outputs, ``experts`` run in that way: what export needs, then undone.
+
+    Of the ways that transformers has for a mixture of experts, a loop cannot be exported, and of tokens sorted for one grouped
+    product nobody can tell which expert they came from; in batched products all is said. None leaves the model its own.
+    """
     with ExitStack() as undo:
         training = [module for module in model.modules() if module.training]
         for module in training:
@@ -25,8 +32,11 @@ def exportable(model: nn.Module, batched: bool = True) -> Iterator[None]:
                 config.use_cache = False
         undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
-        if batched and groups_experts(model):
-            undo.enter_context(_batched_experts(model))
+        own = experts_run(model)
+        if experts not in (None, own) and isinstance(model, PreTrainedModel) and any(map(_has_experts, model.modules())):
+            if own is not None:
+                undo.callback(model.set_experts_implementation, own)
+            model.set_experts_implementation(experts)
         yield
 
 
@@ -36,27 +46,12 @@ def _configs(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-def groups_experts(model: nn.Module) -> bool:
-    """Whether a transformers mixture of experts brings the tokens of each expert together, in a loop or sorted for one product.
-
-    A loop cannot be exported, and of a sorted list nobody can tell which expert a token came from; in batched products all is said.
-    """
-    own = getattr(getattr(model, "config", None), "_experts_implementation", None)
-    can = isinstance(model, PreTrainedModel) and any(_has_experts(module) for module in model.modules())
-    return can and own != "batched_mm"
+def experts_run(model: nn.Module) -> str | None:
+    """The way in which a transformers mixture of experts runs them."""
+    found: str | None = getattr(getattr(model, "config", None), "_experts_implementation", None)
+    return found
 
 
 def _has_experts(module: Any) -> bool:
     """Whether transformers can tell this model another way to run its experts."""
     return isinstance(module, PreTrainedModel) and module._can_set_experts_implementation()
-
-
-@contextmanager
-def _batched_experts(model: Any) -> Iterator[None]:
-    before = getattr(getattr(model, "config", None), "_experts_implementation", None)
-    model.set_experts_implementation("batched_mm")
-    try:
-        yield
-    finally:
-        if before is not None:
-            model.set_experts_implementation(before)

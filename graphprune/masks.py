@@ -7,8 +7,7 @@ layers before it really send, for one forward pass in all, whatever the architec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from fnmatch import fnmatchcase
 from math import gcd
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel
 from graphprune.data import Calibration
 from graphprune.errors import UserMistake
 from graphprune.execute import tensors_of
-from graphprune.exportable import exportable
+from graphprune.exportable import GROUPED
 from graphprune.inputs import guess_inputs
 from graphprune.masking import Masking, statistics_of
 from graphprune.matrices import Product, ends, products
@@ -60,32 +59,15 @@ def sparsify(
     step = find_mask(method, **(options or {}))
     batches = _batches(model, calibration, example_inputs, needed=bool(statistics_of(step)))
     sparse, say = deepcopy(model), progress or _silent
-    with _sorted_experts(sparse), exportable(sparse, batched=False):
-        axes = propagate(trace(sparse, batches[0], batched=False))
-        chosen, spared = _choose(products(axes, routed=True), axes.trace, ends(axes), skip, shape)
-        if not chosen:
-            why = "; ".join(f"{name}: {reason}" for name, reason in list(spared.items())[:3])
-            raise UserMistake("no weight can be made sparse", why=why or "no product with a weight was found")
-        for name, reason in spared.items():
-            say(f"{name} stays dense: {reason}")
-        Masking(axes.trace, tensors_of(sparse, axes.trace), chosen, step, shape, sequential, say).run(batches)
+    axes = propagate(trace(sparse, batches[0], experts=GROUPED))
+    chosen, spared = _choose(products(axes, routed=True), axes.trace, ends(axes), skip, shape)
+    if not chosen:
+        why = "; ".join(f"{name}: {reason}" for name, reason in list(spared.items())[:3])
+        raise UserMistake("no weight can be made sparse", why=why or "no product with a weight was found")
+    for name, reason in spared.items():
+        say(f"{name} stays dense: {reason}")
+    Masking(axes.trace, tensors_of(sparse, axes.trace), chosen, step, shape, sequential, say).run(batches)
     return semi_structured_copy(sparse) if semi_structured else sparse
-
-
-@contextmanager
-def _sorted_experts(model: nn.Module) -> Iterator[None]:
-    """A mixture of experts as products of sorted rows with stacked matrices: each expert's inputs can be told apart."""
-    choose: Any = getattr(model, "set_experts_implementation", None)
-    before = getattr(getattr(model, "config", None), "_experts_implementation", None)
-    try:
-        choose("grouped_mm")
-    except (TypeError, ValueError):  # no such method, or no experts
-        yield
-        return
-    try:
-        yield
-    finally:
-        choose(before)
 
 
 def zeros(model: nn.Module) -> dict[str, float]:

@@ -12,12 +12,14 @@ from transformers import PreTrainedModel
 from graphprune.axes import Keep
 from graphprune.budget import Budget, allowed_kinds, for_kind
 from graphprune.errors import ModelLimit
+from graphprune.experts import STACKED
+from graphprune.exportable import GROUPED, experts_run
 from graphprune.facts import Emission, Notes
 from graphprune.groups import Groups
 from graphprune.rewrite.stock import each_obviously_expressible, expressible, obviously_expressible
 
-STACKED, ALIGNED = 3, 16
-"""Dimensions of a stack of experts' matrices, and bytes that their rows are multiples of in a grouped product."""
+ALIGNED = 16
+"""Bytes that the rows of experts' matrices are multiples of in a grouped product."""
 
 TRIED_STEPS = 8
 """How many roundings are tried to find sizes a config accepts."""
@@ -62,7 +64,7 @@ def stock_steps(model: nn.Module, groups: Groups, budget: Budget, emission: Emis
 
 def _aligned(model: nn.Module, groups: Groups, budget: Budget) -> Budget:
     """The same with widths of experts in multiples of 16 bytes where torch's grouped product, which asks for that, runs them."""
-    if isinstance(budget.round_to, int) or getattr(getattr(model, "config", None), "_experts_implementation", None) != "grouped_mm":
+    if isinstance(budget.round_to, int) or experts_run(model) != GROUPED:
         return budget
     stacks = {name: p.element_size() for name, p in model.named_parameters(remove_duplicate=False) if p.ndim == STACKED}
     steps: dict[str, int] = {}

@@ -86,7 +86,7 @@ def _check_reload(result: Result, folder: Path) -> None:
     if not isinstance(result.model, PreTrainedModel):
         return
     args, kwargs = as_call(result.facts[Example].inputs)
-    with torch.no_grad(), exportable(result.model, batched=False), same_draws():
+    with torch.no_grad(), exportable(result.model, experts=None), same_draws():
         expected = leaves(result.model(*args, **kwargs))
     loaded: Any = load(folder).to(result.model.dtype).eval()
     if not close(loaded, result.facts[Example].inputs, Reference(lambda: expected)):

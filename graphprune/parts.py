@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from graphprune.disk import Checkpoint, Entry
+from graphprune.disk import Checkpoint, Entry, Stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +66,6 @@ class Parts:
     @property
     def ndim(self) -> int:
         return len(self.shape)
-
-    def size(self, dim: int) -> int:
-        """Positions of a dimension."""
-        return self.shape[dim]
 
     def contiguous(self) -> Parts:
         """Itself."""
@@ -145,17 +140,12 @@ OPERATIONS: Mapping[Any, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Assembled:
-    """A place in files, as ``Entry``, of a tensor that is put together from several."""
+    """A place in files of a tensor that is put together from several."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     boxes: tuple[Box, ...]
     entries: Mapping[str, Entry]
-
-    @property
-    def size(self) -> int:
-        """Number of bytes."""
-        return prod(self.shape) * self.dtype.itemsize
 
     def rows(self, first: int, last: int) -> Tensor:
         """Rows ``first`` up to ``last`` of the outermost dimension, read from the files."""
@@ -196,7 +186,7 @@ def _spot(box: Box) -> tuple[slice, ...]:
 class Place:
     """Where a tensor of a model lies: ``entry`` reads and writes it, ``boxes`` are its parts."""
 
-    entry: Entry | Assembled
+    entry: Stored
     boxes: tuple[Box, ...]
 
 

@@ -86,8 +86,9 @@ def _sums(tensors: Sequence[Tensor], dims: Sequence[int], each: Each) -> dict[in
 
 def _row_by_row(tensors: Sequence[Tensor], totals: dict[int, Tensor], each: Each) -> dict[int, Tensor]:
     """The same of a stack of matrices, of which one is more than a block."""
+    inner = sorted({max(dim - 1, -1) for dim in totals})
     for row in range(len(tensors[0])):
-        sums = _sums([tensor[row : row + 1][0] for tensor in tensors], sorted({max(dim - 1, -1) for dim in totals}), each)
+        sums = _sums([tensor[row : row + 1][0] for tensor in tensors], inner, each)
         for dim, total in totals.items():
             (total[row : row + 1] if dim == 0 else total).add_(sums[max(dim - 1, -1)])
     return totals

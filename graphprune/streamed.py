@@ -20,7 +20,7 @@ from graphprune.errors import ModelLimit, UserMistake
 from graphprune.facts import Emission, Example, Notes, Pruned
 from graphprune.groups import Groups, couple
 from graphprune.narrow import narrow, stock_steps
-from graphprune.parts import layout
+from graphprune.parts import Place, layout
 from graphprune.pipeline import Pass, Progress, find_pass, run
 from graphprune.plan import Plan
 from graphprune.programs import same_program
@@ -57,9 +57,10 @@ class Streamed:
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """The checkpoint that is read and the directory that is filled."""
+    """The checkpoint that is read, where the model's tensors lie in it, and the directory that is filled."""
 
     checkpoint: Checkpoint
+    places: Mapping[str, Place]
     folder: Path
 
 
@@ -106,7 +107,8 @@ def compile_streamed(
     given |= {} if plan is None else {Plan: plan}
     given |= {} if calibration is None else {Calibration: calibration}
     with shared(out) as folder, given_back(BLOCKS if calibration is None else VALUES):
-        facts = run(stages, {**given, Files: Files(Checkpoint(source.path), folder)}, progress)
+        files = Checkpoint(source.path)
+        facts = run(stages, {**given, Files: Files(files, layout(source.model, files), folder)}, progress)
         pruned: Pruned = facts[Pruned]
         if pruned.config is None:
             raise ModelLimit("the pruned model cannot be streamed", why=pruned.obstacle, fix="compile it in memory")
@@ -119,7 +121,7 @@ def _weightless(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def on_disk(model: nn.Module, groups: Groups, files: Files) -> nn.Module:
     """The model with every traced parameter standing for its place in the files."""
-    return opened(model, model.config, groups.axes, {}, files.checkpoint)  # type: ignore[arg-type]
+    return opened(model, model.config, groups.axes, {}, files)  # type: ignore[arg-type]
 
 
 def write(model: nn.Module, groups: Groups, plan: Plan, example: Example, files: Files) -> Pruned:
@@ -131,26 +133,29 @@ def write(model: nn.Module, groups: Groups, plan: Plan, example: Example, files:
         copy_rest(files.checkpoint.folder, files.folder)
         config.save_pretrained(files.folder)
         plan.save(files.folder / PLAN)
-        write_cut(files.checkpoint, cuts(layout(model, files.checkpoint), _by_name(axes), keep), files.folder)
+        write_cut(files.checkpoint, cuts(files.places, _by_name(axes), keep), files.folder)
     wait()
-    return Pruned(opened(model, config, axes, keep, Checkpoint(files.folder)), config=config)
+    filled = Checkpoint(files.folder)
+    written = Files(filled, layout(build_meta(type(model), config), filled), files.folder)
+    return Pruned(opened(model, config, axes, keep, written), config=config)
 
 
-def opened(model: nn.Module, config: PreTrainedConfig, axes: Axes, keep: Keep, files: Checkpoint) -> nn.Module:
+def opened(model: nn.Module, config: PreTrainedConfig, axes: Axes, keep: Keep, files: Files) -> nn.Module:
     """A model of the same class whose parameters stand for tensors in the files; buffers that no file holds are computed.
 
     Raises ModelLimit when names or shapes differ.
     """
     built: nn.Module = build_empty(type(model), config)  # type: ignore[type-var]
-    places = layout(built, files)  # type: ignore[arg-type]
     for tensor in axes.trace.tensors.values():
         shape = tuple(axis.resized(keep) for axis in axes.tensors[tensor.name])
-        entry = next((places[name].entry for name in tensor.names if name in places), None)
+        entry = next((files.places[name].entry for name in tensor.names if name in files.places), None)
         if tensor.kind == "constant" or (tensor.kind == "buffer" and entry is None):
             continue
         if entry is None or entry.shape != shape:
             why = "the files have it neither whole nor in parts" if entry is None else f"it is {entry.shape} there, {shape} here"
-            raise ModelLimit(f"{tensor.name} cannot be streamed", at=str(files.folder), why=why, fix="compile it in memory")
+            raise ModelLimit(
+                f"{tensor.name} cannot be streamed", at=str(files.checkpoint.folder), why=why, fix="compile it in memory"
+            )
         value: Any = OnDisk.of(entry) if tensor.kind == "parameter" else entry.read()
         for alias in tensor.names:
             home, _, leaf = alias.rpartition(".")

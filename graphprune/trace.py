@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from graphprune.composed import write_out_composed
 from graphprune.errors import ModelLimit, UserMistake, first_line
-from graphprune.exportable import exportable
+from graphprune.exportable import BATCHED, exportable
 from graphprune.inline import inline
 from graphprune.known import Known, agrees, casts_that_do_nothing, without_checks
 from graphprune.memory import lent
@@ -84,16 +84,18 @@ def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(inputs), {}
 
 
-def trace(model: nn.Module, example_inputs: Inputs, *, dynamic: bool = False, repeat: bool = True, batched: bool = True) -> Trace:
+def trace(
+    model: nn.Module, example_inputs: Inputs, *, dynamic: bool = False, repeat: bool = True, experts: str | None = BATCHED
+) -> Trace:
     """Trace ``model`` with torch.export on real, fake or meta tensors.
 
     ``dynamic`` leaves batch and sequence sizes open where the model allows it. ``repeat`` traces a block that has twins once
-    and writes it out again for each twin: the same trace for less. ``batched``: experts as batched products, of which all is
-    known. Raises ModelLimit, naming the model's own source line, when the model cannot be exported.
+    and writes it out again for each twin: the same trace for less. ``experts`` is the way in which a mixture
+    of experts runs, as ``exportable`` has it. Raises ModelLimit, naming the model's own source line, when it cannot be exported.
     """
     args, kwargs = as_call(example_inputs)
     _check_tensors(model)
-    with exportable(model, batched), _without_gradients(model), _forgetting():
+    with exportable(model, experts), _without_gradients(model), _forgetting():
         found = _repeated(model, args, kwargs) if repeat and not dynamic else None
         return found or _plain(model, args, kwargs, dynamic)
 

@@ -228,7 +228,7 @@ def close(emitted: torch.nn.Module, inputs: Inputs, wanted: Reference) -> bool:
 def computes(emitted: torch.nn.Module, inputs: Inputs, wanted: Reference) -> bool:
     """The same, but what the model raises is raised. Experts are run as the model runs them, however they were traced."""
     args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, as_call(inputs))
-    with exportable(emitted, batched=False), same_draws(), untouched(emitted):
+    with exportable(emitted, experts=None), same_draws(), untouched(emitted):
         return wanted.agrees(leaves(emitted(*args, **kwargs)))
 
 

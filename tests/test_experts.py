@@ -62,7 +62,7 @@ def test_a_walk_multiplies_with_a_matrix_at_a_time_and_gathers_none(dtype: torch
         with Largest() as seen:
             found = execute(traced, tensors_of(model, traced), traced.flatten(INPUTS), dtype=dtype)[0]
     torch.testing.assert_close(found.to(wanted.dtype), wanted)
-    assert seen.elements < 44 * WIDTH * HIDDEN < 44 * 2 * WIDTH * HIDDEN  # 22 tokens, two experts each
+    assert seen.elements < 44 * WIDTH * HIDDEN  # 22 tokens, two experts each
 
 
 @pytest.mark.parametrize(("dtype", "multiple"), [(torch.float32, 4), (torch.bfloat16, 8)])

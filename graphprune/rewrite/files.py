@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 from graphprune.axes import Axis, Keep
@@ -41,21 +42,22 @@ def _left(boxes: Sequence[Box], kept: Sequence[Sequence[int]]) -> Iterator[tuple
     """What stays of each part of a tensor: of what is numbered, the first names go to those that stay."""
     names = {box.place: box.source for box in boxes}
     numbers = [{position: number for number, position in enumerate(positions)} for positions in kept]
-    known: dict[tuple[int, int, int], list[int]] = {}
+
+    @cache
+    def within(dim: int, first: int, size: int) -> list[int]:
+        return [at - first for at in kept[dim] if first <= at < first + size]
+
     for box in boxes:
         numbered = [dim for dim, held in enumerate(box.dims) if held is None]
         if any(box.place[dim] not in numbers[dim] for dim in numbered):
             yield box.source, Cut(None)
             continue
         place = tuple(numbers[dim][at] if dim in numbered else at for dim, at in enumerate(box.place))
-        positions: list[Sequence[int]] = [()] * len(box.start)
-        for dim, held in enumerate(box.dims):
-            if held is not None:
-                span = (dim, box.place[dim], box.shape[dim])
-                if span not in known:
-                    known[span] = [at - span[1] for at in kept[dim] if span[1] <= at < span[1] + span[2]]
-                start = box.start[held]
-                positions[held] = [start + at for at in known[span]] if start else known[span]
+        dims = sorted((held, dim) for dim, held in enumerate(box.dims) if held is not None)
+        positions = (
+            [start + at for at in within(dim, box.place[dim], box.shape[dim])]
+            for start, (_, dim) in zip(box.start, dims, strict=True)
+        )
         yield box.source, Cut(names[place], tuple(positions))
 
 

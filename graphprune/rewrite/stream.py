@@ -154,10 +154,10 @@ def _runs(entry: Entry, kept: Mapping[int, Tensor]) -> list[tuple[int, int]] | N
     return list(runs) if row * len(rows) >= PIECE * len(firsts) else None
 
 
-def _copy(file: Path, pieces: Iterable[tuple[int, int]], target: FileIO) -> None:
+def _copy(file: Path, runs: Iterable[tuple[int, int]], target: FileIO) -> None:
     """Append parts of one file to another."""
     with file.open("rb", buffering=0) as source:
-        for start, size in pieces:
+        for start, size in runs:
             done = 0
             while done < size:
                 count = _copied(source, start + done, size - done, target)
