@@ -16,7 +16,7 @@ from graphprune.experts import STACKED
 from graphprune.exportable import GROUPED, experts_run
 from graphprune.facts import Emission, Notes
 from graphprune.groups import Groups
-from graphprune.rewrite.stock import each_obviously_expressible, expressible, obviously_expressible
+from graphprune.rewrite.stock import expressible, obviously_expressible
 
 ALIGNED = 16
 """Bytes that the rows of experts' matrices are multiples of in a grouped product."""
@@ -32,7 +32,8 @@ def narrow(model: nn.Module, groups: Groups, budget: Budget, emission: Emission,
         groups = _without_recomputed(groups, notes)
         kinds = tuple(kind for kind in kinds if kind in groups.kinds)
     if isinstance(model, PreTrainedModel) and emission.emit == "module" and budget.alike and budget.kinds is None:
-        obstacles = {kind: _not_stock(model, groups, kind, budget) for kind in kinds}
+        plain = _clear_steps(model, groups, kinds, budget) is not None
+        obstacles = {kind: None if plain else _not_stock(model, groups, kind, budget) for kind in kinds}
         spared = [kind for kind, why in obstacles.items() if why]
         if len(spared) < len(kinds):
             notes.lines.extend(f"{kind} groups are left alone: {obstacles[kind]}" for kind in spared)
@@ -51,15 +52,9 @@ def stock_steps(model: nn.Module, groups: Groups, budget: Budget, emission: Emis
     budget = _aligned(model, groups, budget) if emission.emit == "module" else budget
     if not isinstance(model, PreTrainedModel) or emission.emit != "module" or not budget.alike:
         return budget
-    steps = {}
-    tried = {kind: _steps(groups, kind, for_kind(budget.round_to, kind)) for kind in groups.kinds}
-    first = [_one_less(groups, kind, sizes[0], budget) for kind, sizes in tried.items()]
-    every = each_obviously_expressible(model, groups.axes, [keep for keep in first if keep])
-    for kind, sizes in tried.items():
-        step = sizes[0] if every else _step(model, groups, kind, sizes, budget)
-        if step > 1 or isinstance(budget.round_to, int):
-            steps[kind] = step
-    return replace(budget, round_to=steps)
+    steps = _clear_steps(model, groups, [*groups.kinds], budget)
+    steps = steps or {kind: _step(model, groups, kind, budget) for kind in groups.kinds}
+    return replace(budget, round_to={kind: step for kind, step in steps.items() if step > 1 or isinstance(budget.round_to, int)})
 
 
 def _aligned(model: nn.Module, groups: Groups, budget: Budget) -> Budget:
@@ -75,31 +70,33 @@ def _aligned(model: nn.Module, groups: Groups, budget: Budget) -> Budget:
     return replace(budget, round_to={**(budget.round_to or {}), **steps}) if steps else budget
 
 
-def _step(model: PreTrainedModel, groups: Groups, kind: str, tried: Sequence[int], budget: Budget) -> int:
+def _step(model: PreTrainedModel, groups: Groups, kind: str, budget: Budget) -> int:
     """The first multiple that the config accepts, what was asked for where it accepts none."""
-    clear = _clear_step(model, groups, kind, tried, budget)
-    return clear or next((step for step in tried if not _refused(model, groups, kind, step, budget)), tried[0])
+    tried = _steps(groups, kind, budget)
+    clear = _clear_steps(model, groups, [kind], budget) or {}
+    return clear.get(kind) or next((step for step in tried if not _refused(model, groups, kind, step, budget)), tried[0])
 
 
-def _clear_step(model: PreTrainedModel, groups: Groups, kind: str, tried: Sequence[int], budget: Budget) -> int | None:
-    """The first multiple of which it is plain that a config accepts it."""
-    clear = (step for step in tried if obviously_expressible(model, groups.axes, _one_less(groups, kind, step, budget)))
-    return next(clear, None)
+def _clear_steps(model: PreTrainedModel, groups: Groups, kinds: Sequence[str], budget: Budget) -> dict[str, int] | None:
+    """For each kind the first multiple of which it is plain that a config accepts it; None where that is not plain of all."""
+    tried = {kind: _steps(groups, kind, budget) for kind in kinds}
+    cuts = [[_one_less(groups, kind, step, budget) for step in steps] for kind, steps in tried.items()]
+    places = obviously_expressible(model, groups.axes, cuts)
+    return None if places is None else {kind: tried[kind][place] for kind, place in zip(kinds, places, strict=True)}
 
 
-def _steps(groups: Groups, kind: str, asked: int) -> list[int]:
+def _steps(groups: Groups, kind: str, budget: Budget) -> list[int]:
     """Multiples of the asked rounding that divide the sizes of a kind, small ones first."""
-    size = gcd(*(group.size for group in groups if group.kind == kind))
+    asked, size = for_kind(budget.round_to, kind), gcd(*(group.size for group in groups if group.kind == kind))
     return [asked, *(step for step in range(2, size) if size % step == 0 and step % asked == 0)][:TRIED_STEPS]
 
 
 def _not_stock(model: PreTrainedModel, groups: Groups, kind: str, budget: Budget) -> str | None:
     """Why a config can express no smaller size of a kind, None where it can."""
-    tried = _steps(groups, kind, for_kind(budget.round_to, kind))
-    if _clear_step(model, groups, kind, tried, budget):
+    if _clear_steps(model, groups, [kind], budget):
         return None
     obstacles = []
-    for step in tried:
+    for step in _steps(groups, kind, budget):
         obstacle = _refused(model, groups, kind, step, budget)
         if obstacle is None:
             return None

@@ -15,7 +15,7 @@ from graphprune.axes import Axis, Factor, Keep
 from graphprune.errors import ModelLimit
 from graphprune.propagate import Axes
 from graphprune.rewrite.blueprint import Changes, build_empty, quiet
-from graphprune.rewrite.config import candidates, fit, obvious, proven, sketched
+from graphprune.rewrite.config import candidates, fit, proven, sketched
 from graphprune.rewrite.module import adopt
 from graphprune.rewrite.probe import described
 
@@ -87,27 +87,30 @@ def expressible(model: PreTrainedModel, axes: Axes, keep: Keep) -> None:
         next(candidates(model, shapes_after(axes, keep), numbers(axes, keep)))
 
 
-def obviously_expressible(model: PreTrainedModel, axes: Axes, keep: Keep) -> bool:
-    """Whether fields that hold the sizes which change express the new ones: a quick yes, or an answer yet to be found."""
-    with quiet(), suppress(ModelLimit):
-        return next(obvious(*described(model), shapes_after(axes, keep), numbers(axes, keep)), None) is not None
-    return False
+def obviously_expressible(model: PreTrainedModel, axes: Axes, tried: Sequence[Sequence[Keep]]) -> list[int] | None:
+    """Which cut of each of several lists a config plainly expresses: the first for which fields hold the sizes that change.
 
-
-def each_obviously_expressible(model: PreTrainedModel, axes: Axes, keeps: Sequence[Keep]) -> bool:
-    """The same of several cuts: each is looked for on two layers, where those stand for all, then all are tried on the whole."""
+    They are looked for on two layers, where those stand for all; what is found is tried on the whole, all at once. None where
+    the answer is yet to be found.
+    """
+    places: list[int] = []
     together: dict[Factor, Sequence[int]] = {}
     changes: Changes = {}
     with quiet(), suppress(ModelLimit):
         whole, few = described(model)
-        for keep in keeps:
-            found = next(sketched(whole, few, shapes_after(axes, keep), numbers(axes, keep)), None)
+
+        def sketch(keep: Keep) -> Changes | None:
+            return next(sketched(whole, few, shapes_after(axes, keep), numbers(axes, keep)), None) if keep else {}
+
+        for keeps in tried:
+            place, found = next(((place, found) for place, found in enumerate(map(sketch, keeps)) if found is not None), (0, None))
             if found is None or found.keys() & changes.keys():
-                return False
+                return None
+            places.append(place)
             changes |= found
-            together |= keep
-        return proven(whole, shapes_after(axes, together), changes)
-    return False
+            together |= keeps[place]
+        return places if proven(whole, shapes_after(axes, together), changes) else None
+    return None
 
 
 def saved_shapes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
