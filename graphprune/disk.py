@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -244,6 +245,22 @@ class OnDisk(nn.Parameter):
             return args[0].entry.rows(first, max(first, last))
         args, kwargs = pytree.tree_map_only(OnDisk, lambda parameter: parameter.entry.read(), (args, kwargs or {}))
         return function(*args, **kwargs)
+
+
+@contextmanager
+def threads() -> Iterator[ThreadPoolExecutor]:
+    """As many as torch computes with, each of which computes alone: for files, which one thread would wait for."""
+    count = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as workers:
+            yield workers
+    finally:
+        torch.set_num_threads(count)
+
+
+def rows(tensor: Tensor, first: int, last: int) -> Tensor:
+    """Some rows of the outermost dimension; of a file only those are read."""
+    return tensor.entry.rows(first, last) if isinstance(tensor, OnDisk) else tensor[first:last]
 
 
 def put(parameter: Tensor, value: Tensor) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from graphprune.axes import Axis, Factor, Place
+from graphprune.disk import OnDisk, rows, threads
 from graphprune.errors import UserMistake, nearest
 from graphprune.groups import Group, Groups
 from graphprune.ranks import completed, own
@@ -26,7 +27,7 @@ Criterion = Callable[[str], Tensor | None]
 Each = Callable[..., Tensor]
 """An elementwise function of a block of a tensor, or of the same block of several tensors of one shape."""
 
-BLOCK = 1 << 18
+BLOCK = 1 << 19
 """Elements of a block: few enough to stay in a processor's cache."""
 
 
@@ -76,7 +77,7 @@ def _sums(tensors: Sequence[Tensor], dims: Sequence[int], each: Each) -> dict[in
         return _row_by_row(tensors, totals, each)
     step = max(1, BLOCK * len(first) // max(1, first.numel()))
     for start in range(0, len(first), step):
-        block = each(*(tensor[start : start + step] for tensor in tensors))
+        block = each(*(rows(tensor, start, min(start + step, len(first))) for tensor in tensors))
         block = block.to(torch.promote_types(block.dtype, torch.float32))
         for dim, total in totals.items():
             others = [other for other in range(first.ndim) if other != dim]
@@ -88,7 +89,7 @@ def _row_by_row(tensors: Sequence[Tensor], totals: dict[int, Tensor], each: Each
     """The same of a stack of matrices, of which one is more than a block."""
     inner = sorted({max(dim - 1, -1) for dim in totals})
     for row in range(len(tensors[0])):
-        sums = _sums([tensor[row : row + 1][0] for tensor in tensors], inner, each)
+        sums = _sums([rows(tensor, row, row + 1)[0] for tensor in tensors], inner, each)
         for dim, total in totals.items():
             (total[row : row + 1] if dim == 0 else total).add_(sums[max(dim - 1, -1)])
     return totals
@@ -158,16 +159,27 @@ def score(
     for group in groups:
         for member in group.members:
             wanted[member.name][member.dim] = None
-    sums: dict[str, dict[int, Tensor]] = {}
+    sums = _sums_of(wanted, criterion, each)
     found: dict[str, Tensor] = {}
     for group in groups:
-        rows = []
+        members = []
         for member in group.members:
-            if member.name not in sums:
-                saliency = criterion(member.name)
-                sums[member.name] = {} if saliency is None else profiles(saliency, wanted[member.name], each)
-            if sums[member.name]:
+            if member.name in sums:
                 units = gather_units(sums[member.name][member.dim], axes[member.name][member.dim], group.factor)
-                rows.append(units if after is None else after(units))
-        found[group.name] = combine(rows, how) if rows else torch.zeros(group.size, dtype=torch.float64)
+                members.append(units if after is None else after(units))
+        found[group.name] = combine(members, how) if members else torch.zeros(group.size, dtype=torch.float64)
     return Scores(found, method)
+
+
+def _sums_of(wanted: Mapping[str, Iterable[int]], criterion: Criterion, each: Each) -> dict[str, dict[int, Tensor]]:
+    """The profiles of every tensor that has a saliency; what lies in files is read by several threads."""
+    found: dict[str, dict[int, Tensor]] = {}
+    with threads() as readers:
+        read = {}
+        for name, dims in wanted.items():
+            saliency = criterion(name)
+            if isinstance(saliency, OnDisk):
+                read[name] = readers.submit(profiles, saliency, dims, each)
+            elif saliency is not None:
+                found[name] = profiles(saliency, dims, each)
+        return found | {name: done.result() for name, done in read.items()}

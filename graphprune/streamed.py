@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from graphprune.axes import Axis, Keep
 from graphprune.budget import Budget
+from graphprune.collecting import settled
 from graphprune.compiler import seeded, traced, with_extras
 from graphprune.data import Calibration
 from graphprune.disk import Checkpoint, OnDisk, given_back
@@ -106,7 +107,7 @@ def compile_streamed(
     given = {nn.Module: source.model, Example: Example(inputs), Emission: Emission(), Notes: Notes(notes), Budget: budget}
     given |= {} if plan is None else {Plan: plan}
     given |= {} if calibration is None else {Calibration: calibration}
-    with shared(out) as folder, given_back(BLOCKS if calibration is None else VALUES):
+    with shared(out) as folder, given_back(BLOCKS if calibration is None else VALUES), settled():
         files = Checkpoint(source.path)
         facts = run(stages, {**given, Files: Files(files, layout(source.model, files), folder)}, progress)
         pruned: Pruned = facts[Pruned]

@@ -21,7 +21,8 @@ def magnitude(model: nn.Module, groups: Groups, *, p: int = 2, aggregate: str = 
     weights = dict(model.named_parameters(remove_duplicate=False))
 
     def power(block: Tensor) -> Tensor:
-        block = block.to(torch.promote_types(block.dtype, torch.float32))
-        return block.square() if p == 2 else block.abs().pow(p)
+        precise = block.to(torch.promote_types(block.dtype, torch.float32))
+        precise = precise.clone() if precise is block else precise
+        return precise.square_() if p == 2 else precise.abs_().pow_(p)
 
     return score(groups, groups.axes.tensors, weights.get, method=f"magnitude p={p} {aggregate}", how=aggregate, each=power)

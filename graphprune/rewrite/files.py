@@ -8,9 +8,14 @@ from dataclasses import dataclass
 from functools import cache
 from math import prod
 
+import numpy as np
+from numpy.typing import NDArray
+
 from graphprune.axes import Axis, Keep
 from graphprune.errors import ModelLimit
 from graphprune.parts import Box, Place
+
+Positions = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +23,7 @@ class Cut:
     """What stays of a tensor: its new name, None where nothing does, and the positions that stay, by dimension."""
 
     name: str | None
-    kept: tuple[Sequence[int], ...] = ()
+    kept: tuple[Positions, ...] = ()
 
 
 def cuts(places: Mapping[str, Place], axes: Mapping[str, tuple[Axis, ...]], keep: Keep) -> dict[str, Cut]:
@@ -29,35 +34,39 @@ def cuts(places: Mapping[str, Place], axes: Mapping[str, tuple[Axis, ...]], keep
     smaller = {name for name in places if any(axis.shrinks(keep) for axis in axes.get(name, ()))}
     touched = {box.source for name in smaller for box in places[name].boxes}
     parts: dict[str, list[Cut]] = defaultdict(list)
+
+    @cache
+    def positions(axis: Axis) -> Positions:
+        return np.array(axis.kept(keep), dtype=np.int64)
+
     for name, place in places.items():
         if any(box.source in touched for box in place.boxes):
-            whole = [range(size) for size in place.entry.shape]
-            kept = [axis.kept(keep) for axis in axes[name]] if name in smaller else whole
+            kept = [positions(axis) for axis in axes[name]] if name in smaller else [*map(np.arange, place.entry.shape)]
             for source, cut in _left(place.boxes, kept):
                 parts[source].append(cut)
     return {source: _together(source, own) for source, own in parts.items()}
 
 
-def _left(boxes: Sequence[Box], kept: Sequence[Sequence[int]]) -> Iterator[tuple[str, Cut]]:
+def _left(boxes: Sequence[Box], kept: Sequence[Positions]) -> Iterator[tuple[str, Cut]]:
     """What stays of each part of a tensor: of what is numbered, the first names go to those that stay."""
     names = {box.place: box.source for box in boxes}
-    numbers = [{position: number for number, position in enumerate(positions)} for positions in kept]
 
     @cache
-    def within(dim: int, first: int, size: int) -> list[int]:
-        return [at - first for at in kept[dim] if first <= at < first + size]
+    def numbers(dim: int) -> dict[int, int]:
+        return {position: number for number, position in enumerate(kept[dim].tolist())}
+
+    @cache
+    def within(dim: int, first: int, size: int) -> Positions:
+        return kept[dim][(kept[dim] >= first) & (kept[dim] < first + size)] - first
 
     for box in boxes:
         numbered = [dim for dim, held in enumerate(box.dims) if held is None]
-        if any(box.place[dim] not in numbers[dim] for dim in numbered):
+        if any(box.place[dim] not in numbers(dim) for dim in numbered):
             yield box.source, Cut(None)
             continue
-        place = tuple(numbers[dim][at] if dim in numbered else at for dim, at in enumerate(box.place))
+        place = tuple(numbers(dim)[at] if dim in numbered else at for dim, at in enumerate(box.place))
         dims = sorted((held, dim) for dim, held in enumerate(box.dims) if held is not None)
-        positions = (
-            [start + at for at in within(dim, box.place[dim], box.shape[dim])]
-            for start, (_, dim) in zip(box.start, dims, strict=True)
-        )
+        positions = (within(dim, box.place[dim], box.shape[dim]) + start for start, (_, dim) in zip(box.start, dims, strict=True))
         yield box.source, Cut(names[place], tuple(positions))
 
 
@@ -66,7 +75,7 @@ def _together(source: str, parts: Sequence[Cut]) -> Cut:
     left = [part for part in parts if part.name is not None]
     if len(left) < 2:
         return left[0] if left else Cut(None)
-    kept = tuple(sorted(set().union(*own)) for own in zip(*(part.kept for part in left), strict=True))
+    kept = tuple(np.unique(np.concatenate(own)) for own in zip(*(part.kept for part in left), strict=True))
     if prod(map(len, kept)) != sum(prod(map(len, part.kept)) for part in left):
         why = "it is several tensors of the model, which shrink apart"
         raise ModelLimit(f"{source} cannot be streamed", why=why, fix="compile it in memory")

@@ -9,7 +9,6 @@ from contextlib import suppress
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from graphprune.axes import Axis, Factor, Keep
 from graphprune.errors import ModelLimit
@@ -58,8 +57,7 @@ def stock_config(
     """
 
     def takes(config: PreTrainedConfig) -> bool:
-        with no_init_weights():
-            built = build_empty(type(model), config)
+        built = build_empty(type(model), config)
         if not same_buffers(smaller, built):
             return False
         adopt(smaller, built)
