@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from graphprune.frames import is_own
 from graphprune.rules import is_open
 
 UNKNOWN = 10_007
@@ -18,7 +19,7 @@ UNKNOWN = 10_007
 def source_line(node: fx.Node) -> str:
     """The model's own source line behind a node: ``modeling_x.py:41  q = self.q(x)``."""
     frames = (node.meta.get("stack_trace") or "").strip().split('File "')[1:]
-    own = [frame for frame in frames if "/torch/" not in frame.split('"')[0]] or frames
+    own = [frame for frame in frames if is_own(frame.split('"')[0])] or frames
     if not own:
         return node.name
     head, _, code = own[-1].partition("\n")

@@ -66,6 +66,12 @@ class Axes:
     computed: frozenset[fx.Node]
     chosen: Mapping[fx.Node, tuple[int, ...]]
 
+    @cached_property
+    def distinct(self) -> tuple[Axis, ...]:
+        """Every axis of a tensor or of a node's one value."""
+        found = (axis for axes in (*self.tensors.values(), *self.nodes.values()) for axis in axes or ())
+        return tuple(dict.fromkeys(axis for axis in found if isinstance(axis, Axis)))
+
     def factors(self) -> frozenset[Factor]:
         """Every factor on any parameter, buffer or constant."""
         return frozenset(f for axes in self.tensors.values() for axis in axes for f in axis.factors)

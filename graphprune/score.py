@@ -27,8 +27,8 @@ Criterion = Callable[[str], Tensor | None]
 Each = Callable[..., Tensor]
 """An elementwise function of a block of a tensor, or of the same block of several tensors of one shape."""
 
-BLOCK = 1 << 19
-"""Elements of a block: few enough to stay in a processor's cache."""
+BLOCK = 1 << 20
+"""Bytes of a block: few enough to stay in a processor's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +73,9 @@ def _sums(tensors: Sequence[Tensor], dims: Sequence[int], each: Each) -> dict[in
     tensors = [tensor if tensor.ndim else tensor[None] for tensor in tensors]
     first = tensors[0]
     totals = {d: torch.zeros(first.shape[d] if d >= 0 else 1, dtype=torch.float64, device=first.device) for d in dims}
-    if first.ndim > 2 and first.numel() > BLOCK * len(first):
+    if first.ndim > 2 and first.nbytes > BLOCK * len(first):
         return _row_by_row(tensors, totals, each)
-    step = max(1, BLOCK * len(first) // max(1, first.numel()))
+    step = max(1, BLOCK * len(first) // max(1, first.nbytes))
     for start in range(0, len(first), step):
         block = each(*(rows(tensor, start, min(start + step, len(first))) for tensor in tensors))
         block = block.to(torch.promote_types(block.dtype, torch.float32))

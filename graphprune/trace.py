@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from graphprune.composed import write_out_composed
 from graphprune.errors import ModelLimit, UserMistake, first_line
 from graphprune.exportable import BATCHED, exportable
+from graphprune.frames import short_stacks
 from graphprune.inline import inline
 from graphprune.known import Known, agrees, casts_that_do_nothing, without_checks
 from graphprune.memory import lent
@@ -95,7 +96,7 @@ def trace(
     """
     args, kwargs = as_call(example_inputs)
     _check_tensors(model)
-    with exportable(model, experts), _without_gradients(model), _forgetting():
+    with exportable(model, experts), _without_gradients(model), _forgetting(), short_stacks():
         found = _repeated(model, args, kwargs) if repeat and not dynamic else None
         return found or _plain(model, args, kwargs, dynamic)
 

@@ -22,7 +22,8 @@ def magnitude(model: nn.Module, groups: Groups, *, p: int = 2, aggregate: str = 
 
     def power(block: Tensor) -> Tensor:
         precise = block.to(torch.promote_types(block.dtype, torch.float32))
-        precise = precise.clone() if precise is block else precise
-        return precise.square_() if p == 2 else precise.abs_().pow_(p)
+        if p != 2:
+            return precise.abs().pow(p)
+        return precise.square() if precise is block else precise.square_()
 
     return score(groups, groups.axes.tensors, weights.get, method=f"magnitude p={p} {aggregate}", how=aggregate, each=power)

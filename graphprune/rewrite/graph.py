@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import gcd
 from operator import floordiv, mul
 from typing import Any
@@ -27,15 +28,20 @@ aten = torch.ops.aten
 
 def cut(tensor: Tensor, axes: tuple[Axis, ...], keep: Keep) -> Tensor:
     """The slice of ``tensor`` that survives; the tensor itself where nothing on it shrinks."""
-    for dim, axis in enumerate(axes):
-        if axis.shrinks(keep):
-            tensor = tensor.index_select(dim, torch.tensor(axis.kept(keep), device=tensor.device))
-    return tensor
+    return _picked(tensor, axes, keep, lambda axis: torch.tensor(axis.kept(keep)))
 
 
 def cut_all(axes: Axes, tensors: Mapping[str, Tensor], keep: Keep) -> dict[str, Tensor]:
     """Every traced tensor, cut."""
-    return {name: cut(tensor, axes.tensors[name], keep) for name, tensor in tensors.items()}
+    positions = cache(lambda axis: torch.tensor(axis.kept(keep)))
+    return {name: _picked(tensor, axes.tensors[name], keep, positions) for name, tensor in tensors.items()}
+
+
+def _picked(tensor: Tensor, axes: tuple[Axis, ...], keep: Keep, positions: Callable[[Axis], Tensor]) -> Tensor:
+    for dim, axis in enumerate(axes):
+        if axis.shrinks(keep):
+            tensor = tensor.index_select(dim, positions(axis).to(tensor.device))
+    return tensor
 
 
 @dataclass(frozen=True, slots=True)

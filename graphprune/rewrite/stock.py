@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from graphprune.axes import Axis, Factor, Keep
+from graphprune.axes import Factor, Keep
 from graphprune.errors import ModelLimit
 from graphprune.propagate import Axes
 from graphprune.rewrite.blueprint import Changes, build_empty, quiet
@@ -37,15 +37,10 @@ def numbers(axes: Axes, keep: Keep) -> dict[int, list[int]]:
     found: dict[int, set[int]] = defaultdict(set)
     for factor, kept in keep.items():
         found[factor.size].add(len(kept))
-    for axis in {id(axis): axis for axis in _axes(axes)}.values():
+    for axis in axes.distinct:
         if axis.shrinks(keep):
             found[axis.size].add(axis.resized(keep))
     return {old: sorted(new) for old, new in found.items()}
-
-
-def _axes(axes: Axes) -> Iterator[Axis]:
-    for value in [*axes.tensors.values(), *axes.nodes.values()]:
-        yield from (axis for axis in value or () if isinstance(axis, Axis))
 
 
 def stock_config(
