@@ -28,7 +28,7 @@ class Lever:
     step: int
     floor: int
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Units of each group."""
         return self.groups[0].size

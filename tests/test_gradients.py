@@ -95,7 +95,7 @@ def test_second_order_scores_hold_no_gradient(order: str, held: int, monkeypatch
 
 @pytest.mark.parametrize("shape", [(), (7,), (5, 7), (3, 5, 7), (3, 2, 2)])
 def test_a_function_of_several_tensors_is_summed_block_by_block(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["graphprune.score"], "BLOCK", 40)
+    monkeypatch.setattr(sys.modules["graphprune.score"], "BLOCK", 80)
     one, other = torch.randn(2, *shape, dtype=torch.float64)
     found = profiles((one, other), range(-1, len(shape)), lambda a, b: (a * b).abs())
     whole = (one * other).abs()
