@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from graphprune.axes import Factor
 from graphprune.errors import UserMistake
@@ -89,14 +91,13 @@ def fingerprint(trace: Trace) -> str:
     return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
 
 
-def _ranges(units: Iterable[int]) -> str:
-    runs: list[list[int]] = []
-    for unit in units:
-        if runs and unit == runs[-1][1] + 1:
-            runs[-1][1] = unit
-        else:
-            runs.append([unit, unit])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+def _ranges(units: Sequence[int]) -> str:
+    if not units:
+        return ""
+    positions = np.array(units)
+    ends = np.append(np.flatnonzero(np.diff(positions) != 1), len(positions) - 1)
+    firsts, lasts = positions[np.append(0, ends[:-1] + 1)].tolist(), positions[ends].tolist()
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in zip(firsts, lasts, strict=True))
 
 
 def _units(text: str) -> tuple[int, ...]:
