@@ -35,6 +35,9 @@ NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items(
 MAP_APART, HAND_BACK = -3, -1
 """``M_MMAP_THRESHOLD`` and ``M_TRIM_THRESHOLD`` in malloc.h."""
 
+READERS = 4
+"""Threads that read at the same time at most: each holds a part of a tensor, in a stack of matrices a whole one."""
+
 _apart = [32 << 20]
 """From how many bytes on memory is mapped apart, block within block; the first is where glibc would end by itself."""
 
@@ -249,10 +252,10 @@ class OnDisk(nn.Parameter):
 
 @contextmanager
 def threads() -> Iterator[ThreadPoolExecutor]:
-    """As many as torch computes with, each of which computes alone: for files, which one thread would wait for."""
+    """As many as torch computes with, but few, each of which computes alone: for files, which one thread would wait for."""
     count = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as workers:
+        with ThreadPoolExecutor(min(count, READERS), initializer=torch.set_num_threads, initargs=(1,)) as workers:
             yield workers
     finally:
         torch.set_num_threads(count)

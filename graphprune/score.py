@@ -151,9 +151,9 @@ def score(
 ) -> Scores:
     """Score every group by an elementwise criterion.
 
-    Every tensor is asked for once. ``each`` is applied to what the criterion gives, block by block: a function of the weight
-    alone needs no second tensor of its size. ``after`` is applied to each member's unit sums before they are aggregated:
-    ``torch.abs`` there makes a criterion vector-wise. Members without saliency (buffers) do not count.
+    Every tensor is asked for once. ``each`` is applied to what the criterion gives, block by block, of weights in files in several
+    threads: a function of the weight alone needs no second tensor of its size. ``after`` is applied to each member's unit sums
+    before they are aggregated: ``torch.abs`` there makes a criterion vector-wise. Members without saliency (buffers) do not count.
     """
     wanted: dict[str, dict[int, None]] = defaultdict(dict)
     for group in groups:

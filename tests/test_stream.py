@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier, get_ident
 from typing import Any
 
 import pytest
@@ -136,6 +138,25 @@ def test_pieces_are_copied_whether_or_not_the_system_can(tmp_path: Path, code: i
         with pytest.raises(GraphpruneError, match="ends too early"):
             stream._copy(tmp_path / "from", [(90, 20)], target)
     assert (tmp_path / "to").read_bytes() == bytes([*range(3, 23), *range(50, 59), *range(90, 100)])
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOSPC])
+def test_room_on_the_disk_is_asked_for_before_anything_is_written(
+    tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(file: int, *_: Any) -> None:
+        assert os.fstat(file).st_size == 0
+        raise OSError(code, "no")
+
+    source = saved(tmp_path / "model", shard="1GB")
+    monkeypatch.setattr(os, "posix_fallocate", refused)
+    if code == errno.ENOSPC:
+        with pytest.raises(GraphpruneError, match="could not be written"):
+            compile_streamed(source, tmp_path / "out")
+        assert os.listdir(tmp_path) == ["model"]
+    else:
+        compile_streamed(source, tmp_path / "out")
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def drawn(rows: int = 6) -> graphprune.Calibration:
@@ -268,7 +289,9 @@ def test_a_model_of_four_times_the_allowed_memory_is_scored_cut_and_repaired(tmp
 
 KILLED = """
 import os, random, shutil, signal, sys, threading, time, torch
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier, get_ident
 from graphprune.rewrite import stream
 from graphprune.streamed import compile_streamed
 
@@ -411,3 +434,20 @@ def test_memory_is_given_back_by_the_smaller_of_sizes_within_one_another(monkeyp
         pass
     apart = [size for function, *arguments in told if function == "mallopt" for size in arguments[1:]]
     assert apart[::2] == apart[1::2] == [1 << 17, 1 << 17, 1 << 17, 32 << 20]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_lies_in_files_is_read_by_threads_that_compute_alone(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    monkeypatch.setattr(disk, "READERS", 2)
+    try:
+        meet = Barrier(min(count, 2))
+        with disk.threads() as readers:
+            seen = [readers.submit(lambda: (meet.wait(10), torch.get_num_threads(), get_ident())[1:]) for _ in range(meet.parties)]
+        assert [number for number, _ in (done.result() for done in seen)] == [1] * meet.parties
+        assert len({thread for _, thread in (done.result() for done in seen)}) == meet.parties
+        with ThreadPoolExecutor(1) as fresh:
+            assert torch.get_num_threads() == fresh.submit(torch.get_num_threads).result() == count
+    finally:
+        torch.set_num_threads(before)
