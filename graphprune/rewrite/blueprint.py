@@ -45,12 +45,8 @@ def _built(cls: type[Model], config: PreTrainedConfig) -> Model:
 
 def build_empty(cls: type[Model], config: PreTrainedConfig) -> Model:
     """The same, but for the buffers that the constructor computes: they are there."""
-    with quiet(), init_empty_weights(include_buffers=False), _Unfilled():
-        with no_init_weights():
-            model: Model = cls._from_config(deepcopy(config)).train(False)  # type: ignore[no-untyped-call]
-        for module in model.modules():
-            setattr(module, "_is_hf_initialized", not module._buffers)  # noqa: B010  what holds no buffer need not be filled
-        model.init_weights()  # type: ignore[no-untyped-call]
+    with quiet(), init_empty_weights(include_buffers=False), _Unfilled(), no_init_weights():
+        model: Model = cls._from_config(deepcopy(config)).train(False)  # type: ignore[no-untyped-call]
     return model
 
 
