@@ -10,6 +10,7 @@ import torch
 from graphprune.rewrite.blueprint import build_empty
 from tests.zoo.entries import build, model_types
 
+
 @pytest.mark.zoo
 @pytest.mark.parametrize("name", model_types("all")[1::8])
 def test_buffers_are_those_of_the_constructor(name: str) -> None:
