@@ -15,6 +15,9 @@ from typing import Any
 
 from torch.fx import proxy
 
+NOTES = "CapturedTraceback"
+"""What torch's tracer takes the stack behind an operation with."""
+
 
 class Inner:
     """In place of torch's CapturedTraceback: the frames from the innermost ``forward`` that is not torch's inwards.
@@ -56,10 +59,13 @@ def is_own(path: str) -> bool:
 
 @contextmanager
 def short_stacks() -> Iterator[None]:
-    """Nodes made meanwhile get short stack traces."""
-    whole: Any = vars(proxy)["CapturedTraceback"]
-    vars(proxy)["CapturedTraceback"] = Inner
+    """Nodes made meanwhile get short stack traces, where torch takes them from where it does today."""
+    names = vars(proxy)
+    whole = names.get(NOTES)
+    if whole is not None:
+        names[NOTES] = Inner
     try:
         yield
     finally:
-        vars(proxy)["CapturedTraceback"] = whole
+        if whole is not None:
+            names[NOTES] = whole
