@@ -100,6 +100,7 @@ def densenet(depths: Sequence[int], growth: int = 32) -> tuple[nn.Module, Tensor
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     **{f"llama-{layers}": lambda layers=layers: llama(layers) for layers in (4, 8, 16, 32, 64)},
     **{f"llama-gqa-{layers}": lambda layers=layers: llama(layers, kv=2) for layers in (4, 32)},
+    **{f"llama-{n}x{h}": lambda n=n, h=h: llama(n, h, h // 64, h // 64) for n, h in ((32, 256), (48, 768), (16, 1024))},
     "resnet-50": lambda: resnet((3, 4, 6, 3)),
     "resnet-152": lambda: resnet((3, 8, 36, 3)),
     "densenet-121": lambda: densenet((6, 12, 24, 16)),

@@ -262,8 +262,8 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 
 
 def rows(tensor: Tensor, first: int, last: int) -> Tensor:
-    """Some rows of the outermost dimension; of a file only those are read."""
-    return tensor.entry.rows(first, last) if isinstance(tensor, OnDisk) else tensor[first:last]
+    """``tensor[first:last]`` where nobody asks for gradients: of a file without a detour over torch's dispatch."""
+    return tensor.entry.rows(first, min(last, tensor.shape[0])) if isinstance(tensor, OnDisk) else tensor[first:last]
 
 
 def put(parameter: Tensor, value: Tensor) -> None:

@@ -1,13 +1,13 @@
 """A block that traces in, the same block with shorter stack traces on its nodes out.
 
-torch notes the whole stack behind every operation, which takes a fifth of an export's time; what is ever shown of it is the
-innermost line that is not torch's own.
+torch notes the whole stack behind every operation, which takes a good part of an export's time; what is ever shown of it is
+the innermost line that is not torch's own.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from traceback import FrameSummary, StackSummary
 from types import FrameType
@@ -48,7 +48,7 @@ class Inner:
         return _summary(frames[:last])
 
 
-def _summary(frames: Any) -> StackSummary:
+def _summary(frames: Iterable[tuple[str, int, str]]) -> StackSummary:
     return StackSummary.from_list([FrameSummary(*frame, lookup_line=False) for frame in frames][::-1])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from math import gcd
 
@@ -52,8 +52,7 @@ def stock_steps(model: nn.Module, groups: Groups, budget: Budget, emission: Emis
     budget = _aligned(model, groups, budget) if emission.emit == "module" else budget
     if not isinstance(model, PreTrainedModel) or emission.emit != "module" or not budget.alike:
         return budget
-    steps = _clear_steps(model, groups, [*groups.kinds], budget)
-    steps = steps or {kind: _step(model, groups, kind, budget) for kind in groups.kinds}
+    steps = _clear_steps(model, groups, groups.kinds, budget) or {kind: _step(model, groups, kind, budget) for kind in groups.kinds}
     return replace(budget, round_to={kind: step for kind, step in steps.items() if step > 1 or isinstance(budget.round_to, int)})
 
 
@@ -77,7 +76,7 @@ def _step(model: PreTrainedModel, groups: Groups, kind: str, budget: Budget) -> 
     return clear.get(kind) or next((step for step in tried if not _refused(model, groups, kind, step, budget)), tried[0])
 
 
-def _clear_steps(model: PreTrainedModel, groups: Groups, kinds: Sequence[str], budget: Budget) -> dict[str, int] | None:
+def _clear_steps(model: PreTrainedModel, groups: Groups, kinds: Collection[str], budget: Budget) -> dict[str, int] | None:
     """For each kind the first multiple of which it is plain that a config accepts it; None where that is not plain of all."""
     tried = {kind: _steps(groups, kind, budget) for kind in kinds}
     cuts = [[_one_less(groups, kind, step, budget) for step in steps] for kind, steps in tried.items()]

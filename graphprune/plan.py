@@ -9,11 +9,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from graphprune.axes import Factor
 from graphprune.errors import UserMistake
 from graphprune.groups import Groups
+from graphprune.runs import runs
 from graphprune.trace import Trace
 
 SCHEMA = 1
@@ -92,12 +91,7 @@ def fingerprint(trace: Trace) -> str:
 
 
 def _ranges(units: Sequence[int]) -> str:
-    if not units:
-        return ""
-    positions = np.array(units)
-    ends = np.append(np.flatnonzero(np.diff(positions) != 1), len(positions) - 1)
-    firsts, lasts = positions[np.append(0, ends[:-1] + 1)].tolist(), positions[ends].tolist()
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in zip(firsts, lasts, strict=True))
+    return ",".join(str(first) if count == 1 else f"{first}-{first + count - 1}" for first, count in runs(units))
 
 
 def _units(text: str) -> tuple[int, ...]:

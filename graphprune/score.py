@@ -77,7 +77,7 @@ def _sums(tensors: Sequence[Tensor], dims: Sequence[int], each: Each) -> dict[in
         return _row_by_row(tensors, totals, each)
     step = max(1, BLOCK * len(first) // max(1, first.nbytes))
     for start in range(0, len(first), step):
-        block = each(*(rows(tensor, start, min(start + step, len(first))) for tensor in tensors))
+        block = each(*(rows(tensor, start, start + step) for tensor in tensors))
         block = block.to(torch.promote_types(block.dtype, torch.float32))
         for dim, total in totals.items():
             others = [other for other in range(first.ndim) if other != dim]

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+
+from graphprune.runs import runs
 
 aten = torch.ops.aten
 
@@ -23,7 +25,7 @@ def as_slices(graph: fx.Graph, constants: Mapping[fx.Node, Tensor]) -> None:
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target is aten.index.Tensor and (found := _looked_up(node, constants)):
             dim, positions = found
-            pieces = list(_runs(positions))
+            pieces = [(first, first + count) for first, count in runs(positions)]
             if len(pieces) <= PIECES:
                 _replace(graph, node, dim, pieces)
     graph.eliminate_dead_code(is_impure_node=lambda node: not _is_copy(node))
@@ -49,15 +51,6 @@ def _constant(node: Any, constants: Mapping[fx.Node, Tensor]) -> Tensor | None:
 
 def _is_copy(node: fx.Node) -> bool:
     return node.op == "call_function" and getattr(node.target, "overloadpacket", None) in COPIES
-
-
-def _runs(positions: list[int]) -> Iterator[tuple[int, int]]:
-    """Neighbouring positions in ascending order, as start and end."""
-    start = 0
-    for place in range(1, len(positions) + 1):
-        if place == len(positions) or positions[place] != positions[place - 1] + 1:
-            yield positions[start], positions[place - 1] + 1
-            start = place
 
 
 def _replace(graph: fx.Graph, node: fx.Node, dim: int, pieces: list[tuple[int, int]]) -> None:

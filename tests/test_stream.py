@@ -289,9 +289,7 @@ def test_a_model_of_four_times_the_allowed_memory_is_scored_cut_and_repaired(tmp
 
 KILLED = """
 import os, random, shutil, signal, sys, threading, time, torch
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier, get_ident
 from graphprune.rewrite import stream
 from graphprune.streamed import compile_streamed
 

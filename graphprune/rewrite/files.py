@@ -9,13 +9,11 @@ from functools import cache
 from math import prod
 
 import numpy as np
-from numpy.typing import NDArray
 
 from graphprune.axes import Axis, Keep
 from graphprune.errors import ModelLimit
 from graphprune.parts import Box, Place
-
-Positions = NDArray[np.int64]
+from graphprune.runs import Positions
 
 
 @dataclass(frozen=True, slots=True)

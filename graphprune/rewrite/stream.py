@@ -26,7 +26,8 @@ import torch
 from graphprune.disk import INDEX, NAMES, Checkpoint, Entry, cut_short, write_all
 from graphprune.ranks import leads, told, wait
 from graphprune.rewrite.checkpoint import complete_or_nothing
-from graphprune.rewrite.files import Cut, Positions
+from graphprune.rewrite.files import Cut
+from graphprune.runs import Positions, runs
 
 BLOCK = 1 << 20
 """Bytes read at a time: few enough to stay in a processor's cache, and to be taken from memory that was used before."""
@@ -132,9 +133,9 @@ def _write_shard(pieces: Mapping[str, Piece], target: Path) -> int:
         _reserve(stream, 8 + len(text) + place)
         write_all(stream, len(text).to_bytes(8, "little") + text)
         for piece in pieces.values():
-            runs = _runs(piece.entry, piece.kept)
-            if runs is not None:
-                _copy(piece.entry.file, runs, stream)
+            parts = _parts(piece.entry, piece.kept)
+            if parts is not None:
+                _copy(piece.entry.file, parts, stream)
                 continue
             for block in _cut_blocks(piece.entry, piece.kept):
                 write_all(stream, block)
@@ -143,8 +144,15 @@ def _write_shard(pieces: Mapping[str, Piece], target: Path) -> int:
 
 def _reserve(stream: FileIO, size: int) -> None:
     """Ask for room on the disk before anything is written: what follows is faster, and a full disk says so at once."""
-    try:
+    with _if_able():
         os.posix_fallocate(stream.fileno(), 0, size)
+
+
+@contextmanager
+def _if_able() -> Iterator[None]:
+    """What a system has no call for, or cannot do between these files, is left undone."""
+    try:
+        yield
     except AttributeError:
         pass
     except OSError as error:
@@ -152,23 +160,22 @@ def _reserve(stream: FileIO, size: int) -> None:
             raise
 
 
-def _runs(entry: Entry, kept: Mapping[int, Positions]) -> list[tuple[int, int]] | None:
+def _parts(entry: Entry, kept: Mapping[int, Positions]) -> list[tuple[int, int]] | None:
     """Where the surviving bytes of a tensor begin and how many they are, run by run; None where they are in too many places."""
     if not kept or not entry.size:
         return [(entry.start, entry.size)]
     if kept.keys() != {0} or not len(kept[0]):
         return None
-    row, rows = entry.size // entry.shape[0], kept[0]
-    firsts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
-    counts = np.diff(firsts, append=len(rows))
-    runs = zip((entry.start + row * rows[firsts]).tolist(), (row * counts).tolist(), strict=True)
-    return list(runs) if row * len(rows) >= PIECE * len(firsts) else None
+    row, found = entry.size // entry.shape[0], runs(kept[0])
+    if row * len(kept[0]) < PIECE * len(found):
+        return None
+    return [(entry.start + row * first, row * count) for first, count in found]
 
 
-def _copy(file: Path, runs: Iterable[tuple[int, int]], target: FileIO) -> None:
+def _copy(file: Path, parts: Iterable[tuple[int, int]], target: FileIO) -> None:
     """Append parts of one file to another."""
     with file.open("rb", buffering=0) as source:
-        for start, size in runs:
+        for start, size in parts:
             done = 0
             while done < size:
                 count = _copied(source, start + done, size - done, target)
@@ -179,13 +186,8 @@ def _copy(file: Path, runs: Iterable[tuple[int, int]], target: FileIO) -> None:
 
 def _copied(source: FileIO, start: int, size: int, target: FileIO) -> int:
     """Append as many bytes as one call copies, and say how many."""
-    try:
+    with _if_able():
         return os.copy_file_range(source.fileno(), target.fileno(), size, start)
-    except AttributeError:
-        pass
-    except OSError as error:
-        if error.errno not in CANNOT:
-            raise
     source.seek(start)
     data = source.read(min(size, BLOCK))
     write_all(target, data)
