@@ -135,8 +135,7 @@ def _gap(
     large = max(1 << 20, int(LARGE * sum(tensor.nbytes for tensor in tensors.values())))
     with given_back(large):
         wanted = masked_outputs(axes, tensors, inputs, keep)
-    left = smaller(axes, tensors, keep) if cut is None else cut()
-    with given_back(large):
+        left = smaller(axes, tensors, keep) if cut is None else cut()
         found = leaves(execute(axes.trace, left.tensors, inputs, graph=left.graph, dtype=torch.float64))
     return difference(found, wanted), found
 
