@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain, combinations, islice
+from itertools import chain, islice
 
 import networkx as nx
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -19,6 +19,7 @@ from graphprune.errors import ModelLimit, UserMistake, nearest
 from graphprune.rewrite.blueprint import Blueprint, Changes, Dim, Path, Sizes, dims, is_number, leaves, quiet
 from graphprune.rewrite.probe import Few, Field, Probe, described, probe
 
+Step = tuple[Path, int]  # a field, and its new value
 Choice = tuple[int, Changes]  # new values, and how many fields that changes (one that no hint names counts thrice)
 
 LIMIT = 256  # assignments tried before giving up
@@ -82,11 +83,10 @@ def sketched(
     wrong = search.missed({}) or set()
     left = {step: search.missed(dict([step])) for step in steps[:OBVIOUS] if few is None or step[0] not in few.changes}
     useful = {step: missed or set() for step, missed in left.items() if missed is None or missed <= wrong}
-    for chosen in chain.from_iterable(combinations(useful, count) for count in range(1, len(useful) + 1)):
-        changes: Changes = dict(chosen)
-        once = len(changes) == len(chosen) and not set.intersection(*(useful[step] for step in chosen))
-        if once and search.missed(changes) == set():
-            yield changes
+    needs = sorted({tuple(step for step, missed in useful.items() if dim not in missed) for dim in wrong}, key=str)
+    for chosen in islice(chain.from_iterable(_hitting(list(useful), needs, n) for n in range(1, len(useful) + 1)), LIMIT):
+        if search.missed(dict(chosen)) == set():
+            yield dict(chosen)
 
 
 def fit(
@@ -248,6 +248,19 @@ def _goal(sizes: Sizes, shapes: Mapping[str, tuple[int, ...]]) -> Sizes:
         if any(dim not in sizes for dim in dims(name, shape)) or (name, len(shape)) in sizes:
             raise UserMistake(f"{name} has not {len(shape)} dimensions")
     return goal
+
+
+def _hitting(steps: Sequence[Step], needs: Sequence[Sequence[Step]], count: int) -> Iterator[tuple[Step, ...]]:
+    """Each choice of so many steps, one to a field, that has one of every need."""
+    if not count:
+        yield from () if needs else ((),)
+        return
+    scarce = min(needs, key=len, default=steps)
+    able = [step for step in steps if step in scarce]
+    for place, step in enumerate(able):
+        rest = [other for other in steps if other not in able[: place + 1] and other[0] != step[0]]
+        for more in _hitting(rest, [need for need in needs if step not in need], count - 1):
+            yield (step, *more)
 
 
 def _cheapest(pools: Sequence[Sequence[Choice]]) -> Iterator[Choice]:

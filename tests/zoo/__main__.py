@@ -18,7 +18,7 @@ import torch.export
 
 from tests.zoo.apart import Limits, Row, apart
 from tests.zoo.entries import FAMILIES, class_names, model_types
-from tests.zoo.prune import stages, with_module
+from tests.zoo.prune import stages, with_checkpoint
 from tests.zoo.report import document, outcome
 
 Rows = dict[tuple[str, str], Row]
@@ -30,7 +30,7 @@ def main() -> None:
     rows = read(options.rows)
     limits = Limits(options.seconds, int(options.gigabytes * 2**30))
     measured = {"date": date.today().isoformat(), "commit": revision()}
-    for row in apart(with_module if options.module else stages, chosen(options, rows), options.jobs, limits):
+    for row in apart(with_checkpoint if options.checkpoint else stages, chosen(options, rows), options.jobs, limits):
         rows = read(options.rows) | {(row["family"], row["type"]): row | measured}
         print(shown(row), flush=True)
         write(options.rows, rows)
@@ -77,7 +77,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", metavar="NAME", help="these model types")
     parser.add_argument("--failed", action="store_true", help="only what has no row, or one that is not ok")
     parser.add_argument("--none", action="store_true", help="sweep nothing: report what is in the rows")
-    parser.add_argument("--module", action="store_true", help="also emit each model as a module")
+    parser.add_argument("--checkpoint", action="store_true", help="also prune each as a stranger would: from a directory, to one")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=240, help="limit for one model")
     parser.add_argument("--gigabytes", type=float, default=4, help="limit for one model")

@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphprune.axes import Factor
-from graphprune.compiler import compile
-from graphprune.errors import GraphpruneError
 from graphprune.execute import execute, tensors_of
 from graphprune.groups import Group, Groups, couple
 from graphprune.propagate import propagate
@@ -24,6 +22,7 @@ from graphprune.trace import trace
 from graphprune.verify import TOLERANCE, difference, leaves, masked_outputs, smaller_outputs
 from tests.zoo.entries import Entry, build
 from tests.zoo.measure import measured
+from tests.zoo.stranger import as_stranger
 
 SHARE = 0.3
 FAITHFUL = 1e-3
@@ -42,12 +41,12 @@ def stages(family: str, model_type: str) -> Rows:
     yield {"stage": "done"}
 
 
-def with_module(family: str, model_type: str) -> Rows:
-    """The same, and how the module emitter writes the model."""
+def with_checkpoint(family: str, model_type: str) -> Rows:
+    """The same, and what a stranger gets."""
     *steps, last = stages(family, model_type)
     yield from steps
-    yield {"stage": "emit", "module": emitted(build(model_type, family))}
-    yield last
+    yield {"stage": "stranger"}
+    yield as_stranger(model_type, family) | last
 
 
 def eager_outputs(entry: Entry) -> list[Tensor]:
@@ -111,12 +110,3 @@ def predicted(groups: Groups, keep: dict[Factor, list[int]]) -> int:
 def actual(groups: Groups, tensors: dict[str, Tensor], keep: dict[Factor, list[int]]) -> int:
     resized_graph(groups.axes, keep)
     return sum(tensor.numel() for tensor in cut_all(groups.axes, tensors, keep).values())
-
-
-def emitted(entry: Entry) -> str:
-    """How the module emitter writes the default kinds: stock, differing, or why only the graph emitter can."""
-    try:
-        result = compile(entry.model, entry.inputs, keep=0.8, method="random")
-    except GraphpruneError as error:
-        return f"no: {str(error).splitlines()[0][:160]}"
-    return "stock" if result.pruned.config is not None else "differing"
