@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.rewrite.blueprint import as_text, build_meta
-from graphprune.rewrite.config import candidates, fit
+from graphprune.rewrite.config import _hitting, candidates, fit
 from graphprune.rewrite.probe import _guess, _survey, probe
 from graphprune.rewrite.shallow import shrink_depth
 
@@ -437,3 +440,23 @@ def test_layers_that_differ_are_not_guessed_from_two() -> None:
     assert _guess(hf.Qwen2MoeForCausalLM, hf.Qwen2MoeConfig, as_text(mixed)) is None
     alike = hf.LlamaConfig(**settings, num_hidden_layers=5)
     assert _guess(hf.LlamaForCausalLM, hf.LlamaConfig, as_text(alike)) is not None
+
+
+STEPS = [((field,), value) for field in "abcd" for value in (1, 2)]
+
+
+@given(st.lists(st.lists(st.sampled_from(STEPS), unique=True), max_size=4), st.integers(0, 4))
+def test_choices_that_meet_every_need_are_found_once_each(needs: list[Any], count: int) -> None:
+    wanted = [
+        set(chosen)
+        for chosen in combinations(STEPS, count)
+        if len(dict(chosen)) == count and all(set(chosen) & set(need) for need in needs)
+    ]
+    found = [set(chosen) for chosen in _hitting(STEPS, needs, count)]
+    assert len(found) == len(wanted)
+    assert all(chosen in wanted for chosen in found)
+
+
+def test_a_need_that_nothing_meets_ends_the_search_at_once() -> None:
+    steps = [((number,), 1) for number in range(64)]
+    assert not any(True for count in range(65) for _ in _hitting(steps, [steps[:2], []], count))
