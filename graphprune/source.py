@@ -230,7 +230,7 @@ def _on_meta(model_class: Any, config: Any, dtype: torch.dtype | None) -> nn.Mod
     """The model of a config, without a weight."""
     with torch.device("meta"):
         model: nn.Module = build_model(model_class, config, dtype=dtype or config.dtype or torch.float32)
-    return model.train(False)
+    return model.to("meta").train(False)
 
 
 def _check_weights(folder: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Wav2Vec2Config
 
 import graphprune
 from graphprune.errors import GraphpruneError, ModelLimit, UserMistake, nearest
@@ -100,6 +100,14 @@ def test_no_weight_is_read_when_none_is_wanted(checkpoint: Path, spec: str) -> N
     source = open_source(checkpoint.parent / spec, weights=False)
     assert {parameter.device.type for parameter in source.model.parameters()} == {"meta"}
     assert source.example_inputs()["input_ids"].is_meta
+
+
+def test_a_tensor_that_a_constructor_makes_regardless_of_devices_is_no_weight_either(tmp_path: Path) -> None:
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_conv_pos_embedding_groups=2)
+    Wav2Vec2Config(conv_dim=(8,), conv_stride=(5,), conv_kernel=(10,), **sizes).save_pretrained(tmp_path)
+    source = open_source(tmp_path / "config.json", weights=False)
+    assert all(tensor.is_meta for tensor in source.model.state_dict().values())
+    assert graphprune.couple(graphprune.propagate(graphprune.trace(source.model, source.example_inputs()))).kinds
 
 
 def test_a_loaded_module_still_knows_its_tokenizer(checkpoint: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -31,8 +32,13 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def build_meta(cls: type[Model], config: PreTrainedConfig) -> Model:
-    """``cls`` built from a copy of ``config`` on the meta device: names, shapes, dtypes and ties, no memory."""
-    return _built(cls, deepcopy(config))
+    """``cls`` built from a copy of ``config`` on the meta device: names, shapes, dtypes and ties, no memory.
+
+    A constructor that makes a tensor by ``torch.Tensor(n)`` does not hear of devices: that is put there afterwards.
+    """
+    model = _built(cls, deepcopy(config))
+    nn.Module.to(model, "meta")
+    return model
 
 
 def _built(cls: type[Model], config: PreTrainedConfig) -> Model:
@@ -142,7 +148,7 @@ def dims(name: str, shape: Sequence[int]) -> Sizes:
     return {(name, -1): 1} | {(name, dim): size for dim, size in enumerate(shape)}
 
 
-def _sizes(model: torch.nn.Module) -> Sizes:
+def _sizes(model: nn.Module) -> Sizes:
     sizes: Sizes = {}
     tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     for name, tensor in tensors:

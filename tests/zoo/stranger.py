@@ -20,7 +20,7 @@ SAME = "streamed, too"
 
 
 def as_stranger(model_type: str, family: str) -> dict[str, str]:
-    """``memory``: stock, record, or no with the reason; ``stream`` for what is stock: the same tensors, others, or no."""
+    """``memory``: stock, record or no, with the reason; ``stream`` for what is stock: the same tensors, others, or no."""
     model: Any = build(model_type, family).model
     with TemporaryDirectory() as folder:
         try:
@@ -40,7 +40,7 @@ def pruned_both_ways(folder: Path) -> dict[str, str]:
     except GraphpruneError as error:
         return {"memory": f"no: {_reason(error)}"}
     if whole.pruned.config is None:
-        return {"memory": "record"}
+        return {"memory": f"record: {str(whole.pruned.obstacle).splitlines()[0]}"}
     try:
         compile_streamed(folder / "model", folder / "out", keep=KEEP)
     except GraphpruneError as error:

@@ -9,7 +9,7 @@ from tests.zoo.stranger import SAME, as_stranger
 TYPES = (
     "llama", "qwen3", "gemma2", "gemma3", "phi3", "glm4", "mamba2", "falcon_h1", "gpt_neox", "gpt2", "opt", "starcoder2", "olmo2",
     "mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "granitemoe", "gpt_oss", "llama4_text", "jetmoe", "qwen3_next",
-    "bert", "roberta", "albert", "modernbert", "deberta-v2", "electra", "esm", "t5", "bart", "whisper",
+    "bert", "roberta", "albert", "modernbert", "deberta-v2", "electra", "esm", "t5", "bart", "whisper", "wav2vec2",
 )  # fmt: skip
 
 
