@@ -100,7 +100,7 @@ def emit_module(
 
     def attempt(choice: Choice) -> Outcome | None:
         with _written(smaller, choice):
-            return attempted(smaller, accept) or attempted(_copied(smaller), accept)
+            return attempted(_copied(smaller), accept)
 
     choice, failure = search(options, attempt)
     if choice is None:
@@ -112,8 +112,7 @@ def emit_module(
 
 @contextmanager
 def _written(module: nn.Module, choice: Choice) -> Iterator[None]:
-    """New values of some numbers, and then everything as it was, whatever a run has noted down in its modules."""
-    states = [(held, dict(held)) for own in module.modules() for held in (vars(own), own._buffers)]
+    """New values of some numbers, and then those there were."""
     before = {place: read(module.get_submodule(place.module), place.path) for place in choice}
     try:
         for place, value in choice.items():
@@ -122,9 +121,6 @@ def _written(module: nn.Module, choice: Choice) -> Iterator[None]:
     finally:
         for place, value in before.items():
             write(module.get_submodule(place.module), place.path, value)
-        for held, state in states:
-            held.clear()
-            held.update(state)
 
 
 def _copied(module: nn.Module) -> nn.Module:
