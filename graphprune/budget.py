@@ -24,8 +24,8 @@ class Budget:
     ``latency`` (measured on this machine, of a forward of the traced sizes) that may stay, all of them. ``kinds`` None means
     attention heads and FFN channels where there is attention, everything otherwise. ``round_to`` makes kept sizes multiples; a
     kind it does not name gets what hardware likes, ``WIDE``, as long as that does not put the budget out of reach. ``minimum``
-    bounds sizes below, ``alike`` makes equal layers shrink alike, ``protect`` names (globs, modules, tensors, groups) what must
-    not change.
+    bounds sizes below, ``alike`` makes equal layers shrink alike, ``together`` further layers, each set by a group of every kind
+    of layer in it, ``protect`` names (globs, modules, tensors, groups) what must not change.
     """
 
     keep: float = 0.8
@@ -37,6 +37,7 @@ class Budget:
     minimum: int | Mapping[str, int] = 1
     alike: bool = False
     target: Mapping[str, float] = field(default_factory=dict)
+    together: Sequence[Sequence[str]] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:

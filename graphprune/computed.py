@@ -6,12 +6,13 @@ rule needs to see through them. Each is a constant like a buffer is: what uses i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from graphprune.axes import Axis, Factor
 from graphprune.calls import written
 from graphprune.execute import Walk
 from graphprune.rules import NUMBERED
@@ -81,3 +82,15 @@ def _reach(walk: Walk, node: fx.Node) -> None:
         for operand in node.all_input_nodes:
             _reach(walk, operand)
         walk.step(node)
+
+
+def changing(trace: Trace, axes: Mapping[fx.Node, Sequence[Axis]], factors: frozenset[Factor]) -> frozenset[Factor]:
+    """Those of the factors along which some of these constants change: of the others any part is what a smaller one would be."""
+    concerned = frozenset(node for node, dims in axes.items() if any(axis.factors & factors for axis in dims))
+    return frozenset(
+        factor
+        for node, value in evaluated(trace, concerned)
+        for dim, axis in enumerate(axes[node])
+        if not torch.equal(value, value.narrow(dim, 0, 1).expand_as(value))
+        for factor in axis.factors & factors
+    )

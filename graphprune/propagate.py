@@ -76,10 +76,6 @@ class Axes:
         """Every factor on any parameter, buffer or constant."""
         return frozenset(f for axes in self.tensors.values() for axis in axes for f in axis.factors)
 
-    def recomputed(self) -> frozenset[Factor]:
-        """Every factor on a constant that the forward computes: only a graph can slice it, a module computes it anew."""
-        return frozenset(f for node in self.computed for axis in self.nodes[node] for f in axis.factors)
-
 
 def propagate(trace: Trace, *, open_ends: bool = False) -> Axes:
     """Solve for the axis expression of every tensor of ``trace``.

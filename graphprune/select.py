@@ -143,15 +143,15 @@ def _by_value(levers: Sequence[Lever], ledger: Ledger, budget: Budget) -> list[i
 
 
 def _give_back(levers: Sequence[Lever], ledger: Ledger, depths: list[int], taken: Sequence[int]) -> list[int]:
-    """Undo last steps that turn out not to be needed: a coarse step may have freed more than it had to."""
-    if not ledger.allows(levers, depths):
-        return depths
-    for place in dict.fromkeys(reversed(taken)):
-        while depths[place]:
-            depths[place] -= 1
-            if not ledger.allows(levers, depths):
-                depths[place] += 1
-                break
+    """Undo steps that turn out not to be needed, the last first: a coarse step may have freed more than it had to."""
+    needed: set[int] = set() if ledger.allows(levers, depths) else set(taken)
+    for place in reversed(taken):
+        if place in needed:
+            continue
+        depths[place] -= 1
+        if not ledger.allows(levers, depths):
+            depths[place] += 1
+            needed.add(place)
     return depths
 
 
@@ -180,8 +180,8 @@ def _plan(groups: Groups, scores: Scores, budget: Budget, levers: Sequence[Lever
 
 
 def _cuts(lever: Lever, depth: int, scores: Scores) -> Iterator[Cut]:
-    gone = lever.size - lever.kept(depth)
-    for group, order in zip(lever.groups, lever.orders, strict=True):
+    for group, order, times in zip(lever.groups, lever.orders, lever.times, strict=True):
+        gone = times * (lever.size - lever.kept(depth))
         kept, removed = order[gone:].sort().values, order[:gone]
         row = scores[group.name]
         summary = {"kept": float(row[kept].mean()), "removed": float(row[removed].mean())}

@@ -106,6 +106,13 @@ def obviously_expressible(model: PreTrainedModel, axes: Axes, tried: Sequence[Se
     return None
 
 
+def sketchable(model: PreTrainedModel, axes: Axes, keep: Keep) -> bool:
+    """Whether fields that hold the sizes which change express a cut, as far as two layers tell, where those stand for all."""
+    with quiet(), suppress(ModelLimit):
+        return any(True for _ in sketched(*described(model), shapes_after(axes, keep), numbers(axes, keep)))
+    return False
+
+
 def saved_shapes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
     """Those of the shapes that a checkpoint holds."""
     names = model.state_dict(keep_vars=True).keys()
