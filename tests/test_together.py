@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    XmodConfig,
+    XmodForMaskedLM,
+)
 
 import graphprune
 from graphprune.errors import UserMistake
@@ -83,3 +90,12 @@ def test_groups_that_go_together_keep_their_ratio_and_lose_their_least(keep: flo
 def test_sizes_without_a_common_share_are_refused() -> None:
     with pytest.raises(UserMistake, match="cannot shrink by one share"):
         planned(Two(20), 0.6)
+
+
+def test_of_a_kind_only_those_go_that_a_field_sizes() -> None:
+    sizes = dict(hidden_size=48, intermediate_size=68, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+    model = sharpened(XmodForMaskedLM(XmodConfig(languages=("en_XX",), default_language="en_XX", **sizes)))
+    result = graphprune.compile(model, keep=0.7, method="magnitude")
+    assert result.pruned.config is not None
+    assert {".intermediate." in cut.group for cut in result.plan.cuts} == {True}
+    assert any(line.startswith("2 ffn groups are left alone") for line in result.notes)

@@ -23,7 +23,8 @@ Step = tuple[Path, int]  # a field, and its new value
 Choice = tuple[int, Changes]  # new values, and how many fields that changes (one that no hint names counts thrice)
 
 LIMIT = 256  # assignments tried before giving up
-OBVIOUS = 32  # fields that are tried as they stand, and answers that these may give
+OBVIOUS = 32  # answers that fields as they stand may give
+STEPS = 128  # values of fields that are tried alone for that
 APART = "keep this size whole, or save with per-layer sizes"
 ALIKE = "let the layers shrink alike, or save with per-layer sizes"
 VALID = "choose numbers that the config accepts, or save with per-layer sizes"
@@ -81,7 +82,7 @@ def sketched(
     held = [(path, value) for path, value in leaves(search.blueprint.settings()) if isinstance(value, int) and is_number(value)]
     steps = [(path, new) for old in numbers for path, value in held if value == old for new in numbers[old]]
     wrong = search.missed({}) or set()
-    left = {step: search.missed(dict([step])) for step in steps[:OBVIOUS] if few is None or step[0] not in few.changes}
+    left = {step: search.missed(dict([step])) for step in steps[:STEPS] if few is None or step[0] not in few.changes}
     useful = {step: missed or set() for step, missed in left.items() if missed is None or missed <= wrong}
     needs = sorted({tuple(step for step, missed in useful.items() if dim not in missed) for dim in wrong}, key=str)
     for chosen in islice(chain.from_iterable(_hitting(list(useful), needs, n) for n in range(1, len(useful) + 1)), LIMIT):

@@ -1,0 +1,114 @@
+"""A transformers model and its groups in, which of them a config makes smaller out: in which steps, and what only together."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import chain, combinations, islice
+from math import gcd
+
+from transformers import PreTrainedModel
+
+from graphprune.axes import Keep
+from graphprune.budget import Budget, for_kind
+from graphprune.errors import ModelLimit
+from graphprune.groups import Group, Groups
+from graphprune.levers import alike
+from graphprune.rewrite.stock import expressible, obviously_expressible, sketchable
+
+TRIED_STEPS = 8
+"""How many roundings are tried to find sizes a config accepts."""
+
+TRIED_SETS = 32
+"""How many choices of layers are tried to find what goes with one of them."""
+
+Row = list[Group]  # the groups of equal layers
+
+
+@dataclass(frozen=True, slots=True)
+class Fitting:
+    """Asks the config of a model. Nothing is run, and no weight is needed."""
+
+    model: PreTrainedModel
+    groups: Groups
+    budget: Budget
+
+    def clear_steps(self, kinds: Collection[str]) -> dict[str, int] | None:
+        """For each kind the first multiple of which it is plain that a config accepts it; None where that is not plain of all."""
+        tried = {kind: self._trials(kind) for kind in kinds}
+        cuts = [[keep for _, keep in trials] for trials in tried.values()]
+        places = obviously_expressible(self.model, self.groups.axes, cuts)
+        return None if places is None else {kind: tried[kind][place][0] for kind, place in zip(kinds, places, strict=True)}
+
+    def step(self, kind: str) -> int:
+        """The first multiple that a config accepts, what was asked for where it accepts none."""
+        tried = self._trials(kind)
+        clear = self.clear_steps([kind]) or {}
+        return clear.get(kind) or next((step for step, keep in tried if not self._refused(keep)), tried[0][0])
+
+    def obstacle(self, kind: str) -> str | None:
+        """Why a config can express no smaller size of a kind, None where it can."""
+        if self.clear_steps([kind]):
+            return None
+        obstacles = []
+        for _, keep in self._trials(kind):
+            obstacle = self._refused(keep)
+            if obstacle is None:
+                return None
+            obstacles.append(obstacle)
+        return obstacles[0]
+
+    def rows(self, kind: str) -> list[Row]:
+        """The groups of a kind that may go, by equal layers."""
+        return alike(group for group in self.groups if group.kind == kind and not group.touches(self.budget.protect))
+
+    def sets(self, kind: str, step: int | None = None) -> list[list[Row]]:
+        """Equal layers by what a config plainly makes smaller at once, all by one share: one alone, or a T5's encoder and decoder.
+
+        What it does not is in none. Without a ``step``, one of which is tried as ``clear_steps`` does.
+        """
+        steps = [step] if step else list(dict.fromkeys(step for step, _ in self._trials(kind)))
+        rows = self.rows(kind)
+        found = [[row] for row in rows if self._fits([row], steps)]
+        bound = [row for row in rows if [row] not in found]
+        while bound:
+            first, *others = bound
+            choices = islice(chain.from_iterable(combinations(others, count) for count in range(1, len(bound))), TRIED_SETS)
+            chosen = next(([first, *choice] for choice in choices if self._fits([first, *choice], steps)), [])
+            found += [chosen] if chosen else []
+            bound = [row for row in others if row not in chosen]
+        return found
+
+    def _fits(self, rows: Sequence[Row], steps: Sequence[int]) -> bool:
+        """Whether it is plain that a config expresses these a step smaller, all by the same share, and the others as they are."""
+        size = min(row[0].size for row in rows)
+        if any(row[0].size % size for row in rows):
+            return False
+        groups = list(chain.from_iterable(rows))
+        return any(sketchable(self.model, self.groups.axes, _less(groups, step, size)) for step in steps if step < size)
+
+    def _refused(self, keep: Keep) -> str | None:
+        """Why no config expresses a cut."""
+        try:
+            expressible(self.model, self.groups.axes, keep)
+        except ModelLimit as limit:
+            return limit.what
+        return None
+
+    def _trials(self, kind: str) -> list[tuple[int, Keep]]:
+        """Multiples of the asked rounding that divide the sizes of a kind, small ones first, each with all its groups one step
+        smaller: by as many units, or, where a size divides others (one expert's that of two shared ones), those by as many times.
+        """
+        own = [group for group in self.groups if group.kind == kind]
+        free = [group for group in own if not group.touches(self.budget.protect)]
+        asked, size = for_kind(self.budget.round_to, kind), gcd(*(group.size for group in own))
+        steps = [asked, *(step for step in range(2, size) if size % step == 0 and step % asked == 0)][:TRIED_STEPS]
+        sizes = {group.size for group in free}
+        bases = [base for base in sorted(sizes) if any(other % base == 0 for other in sizes - {base})]
+        return [(step, _less(free, step, base)) for base in (0, *bases) for step in steps]
+
+
+def _less(groups: Sequence[Group], step: int, base: int = 0) -> Keep:
+    """Groups a step smaller; with a ``base``, what it divides by as many steps as that goes into it."""
+    steps = {group: group.size // base if base and group.size % base == 0 else 1 for group in groups}
+    return {group.factor: range(group.size - step * times) for group, times in steps.items() if group.size > step * times}
