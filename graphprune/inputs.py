@@ -27,6 +27,7 @@ LENGTHS = (13, 17, 19, 23, 29, 31, 37)
 POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")
 MEL_SETTINGS = ("num_mel_bins", "input_feat_per_channel", "feature_size", "feature_projection_input_dim")
 CHANNEL_SETTINGS = ("num_channels", "in_channels", "in_chans", "num_image_channels")
+DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 MODALITY_INPUTS = ("input_ids", "pixel_values", "input_values", "input_features")
 
 
@@ -45,17 +46,23 @@ def named(model: nn.Module, inputs: object) -> dict[str, Tensor]:
 
 
 def guess_inputs(model: nn.Module, config: PreTrainedConfig, *, rows: int | None = None, seed: int = 0) -> dict[str, Tensor]:
-    """Inputs that a transformers model accepts: named by its signature, sized by its config, tried on fake tensors."""
+    """Inputs that a transformers model accepts: named by its signature, sized by its config, tried on fake tensors.
+
+    Those are best for which it asks for no value.
+    """
     device = next(model.parameters()).device
-    refusals: list[Exception] = []
+    refused: list[tuple[Exception, dict[str, Tensor]]] = []
     for inputs in _guesses(model, config, rows, seed):
         refusal = _refusal(model, inputs)
         if refusal is None:
             return {name: value.to(device) for name, value in inputs.items()}
-        refusals.append(refusal)
+        refused.append((refusal, inputs))
+    for refusal, inputs in refused:
+        if isinstance(refusal, DATA_DEPENDENT):
+            return {name: value.to(device) for name, value in inputs.items()}
     raise ModelLimit(
         f"no example inputs for {type(model).__name__}",
-        why=f"it refuses what its signature suggests: {first_line(refusals[0]) if refusals else 'nothing known'}",
+        why=f"it refuses what its signature suggests: {first_line(refused[0][0]) if refused else 'nothing known'}",
         fix="pass example inputs, or file.py:factory returning (module, example_inputs)",
     )
 
@@ -106,7 +113,8 @@ def _name_sets(model: Any, config: PreTrainedConfig) -> list[list[str]]:
     least = [*([main] if isinstance(main, str) else main), *required]
     decoder = ["decoder_input_ids"]
     usual = [*least, *decoder] if config.is_encoder_decoder else least
-    tries = [usual, [*least, *decoder], [*least, *MODALITY_INPUTS], [*usual, "attention_mask"]]
+    masks = ["attention_mask", "decoder_attention_mask"]
+    tries = [usual, [*least, *decoder], [*least, *MODALITY_INPUTS], [*usual, masks[0]], [*usual, *masks]]
     known = [list(dict.fromkeys(name for name in names if name in takes)) for names in tries]
     return [names for i, names in enumerate(known) if names and names not in known[:i]]
 
@@ -169,8 +177,6 @@ def _refusal(model: nn.Module, inputs: Mapping[str, Tensor]) -> Exception | None
     try:
         with mode, torch.no_grad(), _unlogged(FAKE_LOG), exportable(shadow), _compiling_state_context(), watched:
             shadow(**fed)
-    except (DataDependentOutputException, DynamicOutputShapeException):
-        return None
     except Exception as error:  # noqa: BLE001 (whatever it raises is its answer)
         return error
     return None
