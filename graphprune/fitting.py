@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations, islice
 from math import gcd
@@ -62,30 +62,30 @@ class Fitting:
         """The groups of a kind that may go, by equal layers."""
         return alike(group for group in self.groups if group.kind == kind and not group.touches(self.budget.protect))
 
-    def sets(self, kind: str, step: int | None = None) -> list[list[Row]]:
+    def sets(self, kinds: Collection[str], steps: Mapping[str, int] | None = None) -> list[list[Row]]:
         """Equal layers by what a config plainly makes smaller at once, all by one share: one alone, or a T5's encoder and decoder.
 
-        What it does not is in none. Without a ``step``, one of which is tried as ``clear_steps`` does.
+        What it does not is in none. Without ``steps`` for the kinds, those are tried that ``clear_steps`` tries.
         """
-        steps = [step] if step else list(dict.fromkeys(step for step, _ in self._trials(kind)))
-        rows = self.rows(kind)
-        found = [[row] for row in rows if self._fits([row], steps)]
+        tried = {kind: [steps[kind]] if steps else list(dict.fromkeys(step for step, _ in self._trials(kind))) for kind in kinds}
+        rows = [row for kind in kinds for row in self.rows(kind)]
+        found = [[row] for row in rows if self._fits([row], tried)]
         bound = [row for row in rows if [row] not in found]
         while bound:
             first, *others = bound
             choices = islice(chain.from_iterable(combinations(others, count) for count in range(1, len(bound))), TRIED_SETS)
-            chosen = next(([first, *choice] for choice in choices if self._fits([first, *choice], steps)), [])
+            chosen = next(([first, *choice] for choice in choices if self._fits([first, *choice], tried)), [])
             found += [chosen] if chosen else []
             bound = [row for row in others if row not in chosen]
         return found
 
-    def _fits(self, rows: Sequence[Row], steps: Sequence[int]) -> bool:
+    def _fits(self, rows: Sequence[Row], steps: Mapping[str, Sequence[int]]) -> bool:
         """Whether it is plain that a config expresses these a step smaller, all by the same share, and the others as they are."""
-        size = min(row[0].size for row in rows)
-        if any(row[0].size % size for row in rows):
+        least = min((row[0] for row in rows), key=lambda group: group.size)
+        if any(row[0].size % least.size for row in rows):
             return False
-        groups = list(chain.from_iterable(rows))
-        return any(sketchable(self.model, self.groups.axes, _less(groups, step, size)) for step in steps if step < size)
+        groups, own = list(chain.from_iterable(rows)), (step for step in steps[least.kind] if step < least.size)
+        return any(sketchable(self.model, self.groups.axes, _less(groups, step, least.size)) for step in own)
 
     def _refused(self, keep: Keep) -> str | None:
         """Why no config expresses a cut."""

@@ -107,6 +107,6 @@ def _lever(groups: tuple[Group, ...], scores: Scores, budget: Budget) -> Lever:
     values = torch.stack([values.reshape(size, -1).sum(1) for values, _ in sorts]).sum(0)
     multiples = [budget.multiple(group) for group in groups]
     step = lcm(*(multiple // gcd(multiple, count) for multiple, count in zip(multiples, times, strict=True)))
-    least = max(-(-group.least // count) for group, count in zip(groups, times, strict=True))
-    floor = max(1, for_kind(budget.minimum, groups[0].kind), least)
+    least = [max(1, for_kind(budget.minimum, group.kind), group.least) for group in groups]
+    floor = max(-(-bound // count) for bound, count in zip(least, times, strict=True))
     return Lever(groups, tuple(order for _, order in sorts), values, step if step < size else 1, floor)

@@ -13,7 +13,7 @@ from graphprune.experts import STACKED
 from graphprune.exportable import GROUPED, experts_run
 from graphprune.facts import Emission, Notes
 from graphprune.fitting import Fitting
-from graphprune.groups import Group, Groups
+from graphprune.groups import Groups
 
 ALIGNED = 16
 """Bytes that the rows of experts' matrices are multiples of in a grouped product."""
@@ -35,16 +35,16 @@ def _without_obstacles(fitting: Fitting, notes: Notes) -> Groups:
     groups = fitting.groups
     if fitting.clear_steps(groups.kinds) is not None:
         return groups
-    spared: list[Group] = []
-    lines: list[str] = []
-    for kind, why in ((kind, fitting.obstacle(kind)) for kind in groups.kinds):
-        able = {group for rows in fitting.sets(kind) for row in rows for group in row} if why else set()
-        stuck = [group for row in fitting.rows(kind) for group in row if why and group not in able]
-        lines += [f"{f'{len(stuck)} ' if able else ''}{kind} groups are left alone: {why}"] if stuck else []
-        spared += stuck
-    left = tuple(group for group in groups if group not in spared)
-    notes.lines.extend(lines if left else [])
-    return replace(groups, groups=left) if left else groups
+    obstacles = {kind: why for kind in groups.kinds if (why := fitting.obstacle(kind))}
+    able = {group for rows in fitting.sets(obstacles) for row in rows for group in row}
+    stuck = {kind: [group for row in fitting.rows(kind) for group in row if group not in able] for kind in obstacles}
+    left = tuple(group for group in groups if group not in stuck.get(group.kind, ()))
+    if not left:
+        return groups
+    for kind, spared in stuck.items():
+        count = f"{len(spared)} " if any(group.kind == kind for group in able) else ""
+        notes.lines.extend([f"{count}{kind} groups are left alone: {obstacles[kind]}"] if spared else [])
+    return replace(groups, groups=left)
 
 
 def _without_recomputed(groups: Groups, notes: Notes) -> Groups:
@@ -65,8 +65,8 @@ def stock_steps(model: nn.Module, groups: Groups, budget: Budget, emission: Emis
         return budget
     fitting = Fitting(model, groups, budget)
     steps = fitting.clear_steps(groups.kinds) or {kind: fitting.step(kind) for kind in groups.kinds}
-    several = [kind for kind in steps if len(fitting.rows(kind)) > 1]
-    sets = [rows for kind in several for rows in fitting.sets(kind, steps[kind])]
+    bound = any(len(fitting.rows(kind)) > 1 for kind in steps)
+    sets = fitting.sets(steps, steps) if bound else []
     together = [[row[0].name for row in rows] for rows in sets if len(rows) > 1]
     rounded = {kind: step for kind, step in steps.items() if step > 1 or isinstance(budget.round_to, int)}
     return replace(budget, round_to=rounded, together=together)

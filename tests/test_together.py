@@ -8,8 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
     T5Config,
     T5ForConditionalGeneration,
     XmodConfig,
@@ -99,3 +103,19 @@ def test_of_a_kind_only_those_go_that_a_field_sizes() -> None:
     assert result.pruned.config is not None
     assert {".intermediate." in cut.group for cut in result.plan.cuts} == {True}
     assert any(line.startswith("2 ffn groups are left alone") for line in result.notes)
+
+
+def test_a_width_and_the_stream_it_is_four_times_of_shrink_together() -> None:
+    sizes = dict(hidden_sizes=[8, 12], depths=[1, 2], num_stages=2, image_size=32)
+    model = sharpened(ConvNextForImageClassification(ConvNextConfig(**sizes)))
+    result = graphprune.compile(model, {"pixel_values": torch.randn(2, 3, 32, 32)}, keep=0.6, method="magnitude")
+    assert result.pruned.config is not None
+    assert result.model.config.hidden_sizes[1] < 12
+
+
+def test_the_widths_of_a_residual_network_follow_its_stages() -> None:
+    sizes = dict(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 2], layer_type="bottleneck")
+    model = sharpened(ResNetForImageClassification(ResNetConfig(**sizes)))
+    result = graphprune.compile(model, {"pixel_values": torch.randn(2, 3, 32, 32)}, keep=0.6, method="magnitude")
+    assert result.pruned.config is not None
+    assert result.model.config.hidden_sizes[1] < 32
