@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, combinations, islice
+from itertools import chain, islice
 from math import gcd
 
 from transformers import PreTrainedModel
@@ -14,13 +14,13 @@ from graphprune.budget import Budget, for_kind
 from graphprune.errors import ModelLimit
 from graphprune.groups import Group, Groups
 from graphprune.levers import alike
-from graphprune.rewrite.stock import expressible, obviously_expressible, sketchable
+from graphprune.rewrite.stock import Places, expressible, held, moved, obviously_expressible, sketchable, spelled
 
 TRIED_STEPS = 8
 """How many roundings are tried to find sizes a config accepts."""
 
-TRIED_SETS = 32
-"""How many choices of layers are tried to find what goes with one of them."""
+TRIED_BASES = 4
+"""How many sizes are tried of which others may be multiples."""
 
 Row = list[Group]  # the groups of equal layers
 
@@ -42,7 +42,7 @@ class Fitting:
 
     def step(self, kind: str) -> int:
         """The first multiple that a config accepts, what was asked for where it accepts none."""
-        tried = self._trials(kind)
+        tried = self._trials(kind, bases=0)
         clear = self.clear_steps([kind]) or {}
         return clear.get(kind) or next((step for step, keep in tried if not self._refused(keep)), tried[0][0])
 
@@ -51,7 +51,7 @@ class Fitting:
         if self.clear_steps([kind]):
             return None
         obstacles = []
-        for _, keep in self._trials(kind):
+        for _, keep in self._trials(kind, bases=0):
             obstacle = self._refused(keep)
             if obstacle is None:
                 return None
@@ -68,16 +68,29 @@ class Fitting:
         What it does not is in none. Without ``steps`` for the kinds, those are tried that ``clear_steps`` tries.
         """
         tried = {kind: [steps[kind]] if steps else list(dict.fromkeys(step for step, _ in self._trials(kind))) for kind in kinds}
-        rows = [row for kind in kinds for row in self.rows(kind)]
-        found = [[row] for row in rows if self._fits([row], tried)]
-        bound = [row for row in rows if [row] not in found]
-        while bound:
-            first, *others = bound
-            choices = islice(chain.from_iterable(combinations(others, count) for count in range(1, len(bound))), TRIED_SETS)
-            chosen = next(([first, *choice] for choice in choices if self._fits([first, *choice], tried)), [])
-            found += [chosen] if chosen else []
-            bound = [row for row in others if row not in chosen]
+        places = [(row, self._places(row)) for kind in kinds for row in self.rows(kind)]
+        sizes = held(self.model)
+        named = [row for row, own in places if sizes & {row[0].size, *(size for _, _, size in own)}]
+        found = [[row] for row in named if self._fits([row], tried)]
+        for row in named:
+            free = [(other, own) for other, own in places if not any(other in chosen for chosen in found)]
+            choices = self._along(row, free, tried) if any(other is row for other, _ in free) else ()
+            found += islice((chosen for chosen in choices if self._fits(chosen, tried)), 1)
         return found
+
+    def _along(self, row: Row, others: Sequence[tuple[Row, Places]], steps: Mapping[str, Sequence[int]]) -> Iterator[list[Row]]:
+        """A row with those of the others that a field moves with it, wholly or, where it takes several fields, in part."""
+        for step in steps[row[0].kind]:
+            for found in moved(self.model, self.groups.axes, _less(row, step)):
+                if any(own & found for other, own in others if other is row):
+                    yield [other for other, own in others if other is row or own <= found]
+                    yield [other for other, own in others if other is row or own & found]
+
+    def _places(self, row: Row) -> Places:
+        """The dimensions that equal layers lie on, as ``moved`` has them."""
+        tensors = self.groups.axes.tensors
+        dims = [(member.name, member.dim) for member in row[0].members if member.name in tensors]
+        return spelled(self.model, {(name, dim): tensors[name][dim].size for name, dim in dims})
 
     def _fits(self, rows: Sequence[Row], steps: Mapping[str, Sequence[int]]) -> bool:
         """Whether it is plain that a config expresses these a step smaller, all by the same share, and the others as they are."""
@@ -95,7 +108,7 @@ class Fitting:
             return limit.what
         return None
 
-    def _trials(self, kind: str) -> list[tuple[int, Keep]]:
+    def _trials(self, kind: str, bases: int = TRIED_BASES) -> list[tuple[int, Keep]]:
         """Multiples of the asked rounding that divide the sizes of a kind, small ones first, each with all its groups one step
         smaller: by as many units, or, where a size divides others (one expert's that of two shared ones), those by as many times.
         """
@@ -104,8 +117,8 @@ class Fitting:
         asked, size = for_kind(self.budget.round_to, kind), gcd(*(group.size for group in own))
         steps = [asked, *(step for step in range(2, size) if size % step == 0 and step % asked == 0)][:TRIED_STEPS]
         sizes = {group.size for group in free}
-        bases = [base for base in sorted(sizes) if any(other % base == 0 for other in sizes - {base})]
-        return [(step, _less(free, step, base)) for base in (0, *bases) for step in steps]
+        divisors = [base for base in sorted(sizes) if any(other % base == 0 for other in sizes - {base})]
+        return [(step, _less(free, step, base)) for base in (0, *divisors[:bases]) for step in steps]
 
 
 def _less(groups: Sequence[Group], step: int, base: int = 0) -> Keep:

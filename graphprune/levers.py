@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from graphprune.axes import Factor
 from graphprune.budget import Budget, for_kind
 from graphprune.errors import UserMistake
 from graphprune.groups import Group
+from graphprune.patterns import unnumbered
 from graphprune.score import Scores
 
 
@@ -77,7 +77,7 @@ def sizes_of(levers: Iterable[Lever], depths: Iterable[int]) -> dict[Factor, int
 
 def signature(group: Group) -> tuple[Any, ...]:
     """What groups of equal layers have in common: kind, size and member names but for the numbers in them."""
-    return group.kind, group.size, tuple(sorted((re.sub(r"\d+", "#", m.name), m.dim, m.role) for m in group.members))
+    return group.kind, group.size, tuple(sorted((unnumbered(m.name), m.dim, m.role) for m in group.members))
 
 
 def as_levers(free: Sequence[Group], scores: Scores, budget: Budget) -> list[Lever]:

@@ -8,7 +8,6 @@ adds to one of its own ancestors.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from graphprune.dependency import useless
 from graphprune.errors import ModelLimit, UserMistake, nearest
 from graphprune.groups import Frozen, Group, Groups, Member
 from graphprune.meta import source_line
+from graphprune.patterns import unnumbered
 from graphprune.propagate import Axes
 from graphprune.unify import Reason
 
@@ -107,7 +107,7 @@ def branches(axes: Axes) -> Layers:
             gone = useless(flow, node, keep=ends[0])
             name = _branch_name(node, ends[1])
             if tensors := _tensors(axes, gone):
-                found[re.sub(r"\d+", "#", name)].append(Piece(name, ends[0], node, gone, tensors))
+                found[unnumbered(name)].append(Piece(name, ends[0], node, gone, tensors))
     return _as_groups(axes, {name: tuple(pieces) for name, pieces in found.items()}, "branch", {})
 
 

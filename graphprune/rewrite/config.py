@@ -79,8 +79,7 @@ def sketched(
     if near is None:
         return
     search = Search(Probe(few.blueprint if few else whole, ()), near, numbers)
-    held = [(path, value) for path, value in leaves(search.blueprint.settings()) if isinstance(value, int) and is_number(value)]
-    steps = [(path, new) for old in numbers for path, value in held if value == old for new in numbers[old]]
+    steps = named(search.blueprint, numbers)
     wrong = search.missed({}) or set()
     left = {step: search.missed(dict([step])) for step in steps[:STEPS] if few is None or step[0] not in few.changes}
     useful = {step: missed or set() for step, missed in left.items() if missed is None or missed <= wrong}
@@ -88,6 +87,12 @@ def sketched(
     for chosen in islice(chain.from_iterable(_hitting(list(useful), needs, n) for n in range(1, len(useful) + 1)), LIMIT):
         if search.missed(dict(chosen)) == set():
             yield dict(chosen)
+
+
+def named(blueprint: Blueprint, numbers: Mapping[int, Sequence[int]]) -> list[Step]:
+    """The fields that hold a size which changes, each with what that becomes."""
+    held = [(path, value) for path, value in leaves(blueprint.settings()) if isinstance(value, int) and is_number(value)]
+    return [(path, new) for old in numbers for path, value in held if value == old for new in numbers[old]]
 
 
 def fit(

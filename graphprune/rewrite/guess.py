@@ -9,7 +9,6 @@ one whose run gets further is built upon.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from graphprune.axes import Axis, Keep
+from graphprune.patterns import unnumbered
 from graphprune.propagate import Axes
 from graphprune.rewrite.attributes import Path, numbers
 from graphprune.rewrite.graph import new_literals, spoken
@@ -45,14 +45,10 @@ class Place:
     @property
     def kind(self) -> Kind:
         """Equal modules of equal layers are decided alike."""
-        return _pattern(self.module), self.path
+        return unnumbered(self.module), self.path
 
     def __str__(self) -> str:
         return ".".join(map(str, (self.module, *self.path))).lstrip(".")
-
-
-def _pattern(module: str) -> str:
-    return re.sub(r"\d+", "#", module)
 
 
 Choice = dict[Place, int]
@@ -133,7 +129,7 @@ def coincidences(model: nn.Module, axes: Axes) -> set[Kind]:
     """
     sizes = _sizes(axes)
     return {
-        (_pattern(name), path)
+        (unnumbered(name), path)
         for name, module in model.named_modules()
         if name in sizes
         for path, value, _ in numbers(module)
@@ -188,7 +184,7 @@ class Options:
             self.kinds[place.kind].append((place, tuple(afters)))
         likely = (place.kind for item in found for row in item.rows[:1] for place in row)
         self.likely = {kind: 0 for kind in likely if kind not in doubted}
-        own = {place.kind for item in found for place in item.places if place.kind[0] == _pattern(item.module)}
+        own = {place.kind for item in found for place in item.places if place.kind[0] == unnumbered(item.module)}
         self.sure = own.difference(doubted)
 
     def choice(self, picked: Mapping[Kind, int]) -> Choice:
@@ -199,7 +195,7 @@ class Options:
 
     def next(self, picked: Mapping[Kind, int], running: Sequence[str]) -> Iterator[dict[Kind, int] | None]:
         """Guesses that differ in one kind: those of each module that was running, then the others; nothing between two modules."""
-        near = list(dict.fromkeys(map(_pattern, running)))
+        near = list(dict.fromkeys(map(unnumbered, running)))
         rows: dict[str, list[Kind]] = defaultdict(list)
         for kind in self.kinds:
             rows[kind[0]].append(kind)

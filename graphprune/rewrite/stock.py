@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 import torch
@@ -12,11 +12,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from graphprune.axes import Factor, Keep
 from graphprune.errors import ModelLimit
+from graphprune.patterns import unnumbered
 from graphprune.propagate import Axes
-from graphprune.rewrite.blueprint import Changes, build_empty, quiet
-from graphprune.rewrite.config import candidates, fit, proven, sketched
+from graphprune.rewrite.blueprint import Changes, Sizes, build_empty, leaves, quiet
+from graphprune.rewrite.config import STEPS, candidates, fit, named, proven, sketched
 from graphprune.rewrite.module import adopt
 from graphprune.rewrite.probe import described
+
+Places = set[tuple[str, int, int]]
+"""Dimensions of tensors: a name, which dimension, and its size."""
 
 ROUNDING = 1e-2
 """How far a buffer may be, relatively, from what a constructor computes in another precision."""
@@ -111,6 +115,29 @@ def sketchable(model: PreTrainedModel, axes: Axes, keep: Keep) -> bool:
     with quiet(), suppress(ModelLimit):
         return any(True for _ in sketched(*described(model), shapes_after(axes, keep), numbers(axes, keep)))
     return False
+
+
+def moved(model: PreTrainedModel, axes: Axes, keep: Keep) -> Iterator[Places]:
+    """What each field that holds a size which changes moves, given what that becomes."""
+    with quiet(), suppress(ModelLimit):
+        whole, few = described(model)
+        blueprint = few.blueprint if few else whole
+        for path, value in named(blueprint, numbers(axes, keep))[:STEPS]:
+            response = blueprint.response({path: value}) or {}
+            yield spelled(model, {dim: blueprint.sizes[dim] for dim in response if dim in blueprint.sizes})
+
+
+def held(model: PreTrainedModel) -> set[int]:
+    """The numbers that stand in a model's config."""
+    with quiet():
+        return {value for _, value in leaves(described(model)[0].settings()) if isinstance(value, int)}
+
+
+def spelled(model: PreTrainedModel, sizes: Sizes) -> Places:
+    """Dimensions and their sizes, without the numbers of layers where two layers stand for all."""
+    with quiet():
+        few = described(model)[1]
+    return {(unnumbered(name) if few else name, dim, size) for (name, dim), size in sizes.items()}
 
 
 def saved_shapes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
