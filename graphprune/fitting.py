@@ -68,8 +68,8 @@ class Fitting:
         What it does not is in none. Without ``steps`` for the kinds, those are tried that ``clear_steps`` tries.
         """
         tried = {kind: [steps[kind]] if steps else list(dict.fromkeys(step for step, _ in self._trials(kind))) for kind in kinds}
-        places = [(row, self._places(row)) for kind in kinds for row in self.rows(kind)]
         sizes = held(self.model)
+        places = [(row, self._places(row)) for kind in kinds for row in self.rows(kind)] if sizes else []
         named = [row for row, own in places if sizes & {row[0].size, *(size for _, _, size in own)}]
         found = [[row] for row in named if self._fits([row], tried)]
         for row in named:

@@ -128,9 +128,10 @@ def moved(model: PreTrainedModel, axes: Axes, keep: Keep) -> Iterator[Places]:
 
 
 def held(model: PreTrainedModel) -> set[int]:
-    """The numbers that stand in a model's config."""
-    with quiet():
+    """The numbers that stand in a model's config, none where it does not describe the model."""
+    with quiet(), suppress(ModelLimit):
         return {value for _, value in leaves(described(model)[0].settings()) if isinstance(value, int)}
+    return set()
 
 
 def spelled(model: PreTrainedModel, sizes: Sizes) -> Places:
