@@ -76,9 +76,9 @@ def _guesses(model: Any, config: PreTrainedConfig, rows: int | None, seed: int) 
         for shapes in product(*(_shapes(name, settings, taken) for name in names)):
             sized = zip(names, shapes, strict=True)
             yield {name: _drawn(name, (batch, *shape), settings, seed, model) for name, shape in sized}
-    dummies = getattr(model, "dummy_inputs", {})
+    dummies = {name: value for name, value in getattr(model, "dummy_inputs", {}).items() if isinstance(value, Tensor)}
     if dummies and set(dummies) <= set(inspect.signature(model.forward).parameters):
-        yield dict(dummies)
+        yield dummies
 
 
 def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

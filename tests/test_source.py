@@ -12,7 +12,16 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Wav2Vec2Config
+from transformers import (
+    FSMTConfig,
+    FSMTForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Wav2Vec2Config,
+    XLMConfig,
+    XLMWithLMHeadModel,
+)
 
 import graphprune
 from graphprune.errors import GraphpruneError, ModelLimit, UserMistake, nearest
@@ -344,3 +353,12 @@ def test_a_mask_is_given_where_a_model_makes_none_while_it_is_exported() -> None
     model: Any = build("longt5", "seq2seq").model
     assert guess_inputs(model, model.config).keys() == {"input_ids", "decoder_input_ids", "attention_mask"}
     assert graphprune.compile(model, keep=0.7, method="magnitude").plan.cost["after"] != {}
+
+
+def test_inputs_spare_the_model_the_asking_for_values_where_that_can_be() -> None:
+    sizes = dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
+    widths = dict(encoder_ffn_dim=24, decoder_ffn_dim=24, src_vocab_size=50, tgt_vocab_size=50)
+    translator = FSMTForConditionalGeneration(FSMTConfig(**sizes, **widths)).eval()
+    assert {"attention_mask", "decoder_attention_mask"} < guess_inputs(translator, translator.config).keys()
+    asking = XLMWithLMHeadModel(XLMConfig(vocab_size=50, emb_dim=16, n_layers=1, n_heads=2)).eval()
+    assert guess_inputs(asking, asking.config).keys() == {"input_ids"}
