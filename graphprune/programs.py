@@ -1,39 +1,63 @@
-"""Two graphs in, whether they are the same program out: the same operations on the same operands, however each is told of sizes."""
+"""A graph and a trace in, whether they are the same program out: the same operations on the same operands, however each is told of
+sizes, and however it comes by its constants."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
 from graphprune.calls import all_arguments, operation
+from graphprune.computed import computed, evaluated
+from graphprune.trace import Trace
 
 aten = torch.ops.aten
 PIECES = ("split", "chunk", "tensor_split", "unsafe_chunk", "unsafe_split")
 """Operations that cut a dimension into pieces whose sizes they work out."""
 
 
-def same_program(one: fx.Graph, other: fx.Graph) -> bool:
-    """Whether two graphs call the same operations on the same operands with the same literals, in the same order.
+def same_program(one: fx.Graph, other: Trace) -> bool:
+    """Whether a graph calls the same operations on the same operands with the same literals as a trace does, in the same order.
 
     A reshape that need not copy is a view; a chunk is a split into the sizes that it gives; a squeeze names what it drops; what is
-    viewed as another tensor is told its shape.
+    viewed as another tensor is told its shape. A constant that the graph has by its elements must be what the trace computes.
     """
-    if len(one.nodes) != len(other.nodes):
+    pairs = list(zip(one.nodes, other.graph.nodes, strict=False))
+    if len(one.nodes) != len(pairs) or len(other.graph.nodes) != len(pairs):
         return False
+    told = {twin: node for node, twin in pairs if node.target is torch.tensor}
+    if not told.keys() <= computed(other):
+        return False
+    values = dict(evaluated(other, frozenset(told)))
+    behind = _only_for(told, other.graph)
     twins: dict[fx.Node, fx.Node] = {}
-    for node, twin in zip(one.nodes, other.nodes, strict=True):
+    for node, twin in pairs:
         twins[node] = twin
         if node.op != twin.op:
             return False
+        if twin in behind:
+            continue
+        if twin in told:
+            if node.args[0] != values[twin].tolist() or node.kwargs["dtype"] != twin.meta["val"].dtype:
+                return False
+            continue
         (target, arguments), (its_target, its_arguments) = _spelled(node), _spelled(twin)
         if node.op == "call_function" and target is not its_target:
             return False
         if repr(fx.map_arg(arguments, twins.__getitem__)) != repr(its_arguments):
             return False
     return True
+
+
+def _only_for(told: Collection[fx.Node], graph: fx.Graph) -> set[fx.Node]:
+    """What is computed for these nodes alone."""
+    behind: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and node.users and all(user in behind or user in told for user in node.users):
+            behind.add(node)
+    return behind.difference(told)
 
 
 def _spelled(node: fx.Node) -> tuple[Any, Any]:

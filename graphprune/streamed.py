@@ -31,7 +31,7 @@ from graphprune.rewrite.blueprint import build_empty, build_meta
 from graphprune.rewrite.checkpoint import PLAN
 from graphprune.rewrite.config import fit
 from graphprune.rewrite.files import cuts
-from graphprune.rewrite.graph import resized_graph
+from graphprune.rewrite.graph import cut, resized_graph
 from graphprune.rewrite.record import check_described
 from graphprune.rewrite.stock import numbers, same_buffers, saved_shapes, shapes_after
 from graphprune.rewrite.stream import copy_rest, shared, write_cut
@@ -175,18 +175,23 @@ def _by_name(axes: Axes) -> dict[str, tuple[Axis, ...]]:
 
 
 def static_config(model: PreTrainedModel, axes: Axes, keep: Keep, inputs: Inputs) -> PreTrainedConfig:
-    """The stock config whose model computes the graph that the cut demands, node for node. Raises ModelLimit when none does."""
+    """The stock config whose model computes the graph that the cut demands, node for node. Raises ModelLimit when none does.
+
+    What its constructor computes and no file holds must be what is left of that now.
+    """
+    by_name = _by_name(axes)
     unsaved = shapes_after(axes, keep).keys() - saved_shapes(model, shapes_after(axes, keep)).keys()
-    for tensor in axes.trace.tensors.values():
-        if tensor.kind == "buffer" and tensor.name in unsaved and any(axis.shrinks(keep) for axis in axes.tensors[tensor.name]):
-            raise ModelLimit(f"{tensor.name} would shrink, and no checkpoint holds it", fix="compile it in memory")
     wanted, before = resized_graph(axes, keep), build_empty(type(model), model.config)
+    for name, buffer in list(before.named_buffers(remove_duplicate=False)):
+        if name in unsaved:
+            home, _, leaf = name.rpartition(".")
+            before.get_submodule(home)._buffers[leaf] = cut(buffer, by_name[name], keep)
 
     def computes_the_same(config: PreTrainedConfig) -> bool:
         if not same_buffers(before, build_empty(type(model), config)):
             return False
         found = trace(build_meta(type(model), config), inputs)
-        return same_program(wanted, found.graph) and _same_constants(axes.trace, found)
+        return same_program(wanted, found) and _same_constants(axes.trace, found)
 
     return fit(model, shapes_after(axes, keep), numbers(axes, keep), computes_the_same)
 
