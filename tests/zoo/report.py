@@ -31,15 +31,16 @@ HEAD = """# Coverage
 Every model type of transformers' auto mappings in five families, as a small random model: built, run by eager PyTorch, traced, analysed;
 then 30 % of each kind of group alone, of all exact groups, and of all groups together is cut at random.
 
-    python -m tests.zoo --family all --report docs/coverage.md
+    python -m tests.zoo --family all --checkpoint --report docs/coverage.md
 
 **ok**: every exact cut equals the masked original in float64 (to 1e-8 of the largest output), every other cut runs, stays finite and has the
 predicted number of parameters. **frozen**: the share of the parameters that lie on no group, of those the call uses and that are not over the
 vocabulary; above {limit:.0%} the outcome is *ok, part frozen*, with the reasons below. **hidden only**: the share that only the width of the
 residual stream can shrink. **unused**: the share that the example call does not touch (a decoder's cross attention, an image tower given no
 image). **heads**: of the products between activations that have several heads, those in which heads, KV groups or queries of a group can go.
-**checkpoint**, with `--checkpoint`: the model is saved, opened from its directory without inputs, and 30 % of what goes by default goes by
-magnitude: *stock* loads by `from_pretrained` alone, *record* needs the code that lies with it; *streamed, too*: the same tensors by `--stream`.
+**checkpoint**: the model is saved, opened from its directory without inputs, and 30 % of what goes by default goes by magnitude, in memory,
+then with `--stream`. *stock*: `from_pretrained` alone loads the result; *record*: with the code that lies beside it; *no*: refused, with
+the reason. *streamed, too*: the same tensors.
 """
 
 
