@@ -74,17 +74,18 @@ class Fitting:
         found = [[row] for row in named if self._fits([row], tried)]
         for row in named:
             free = [(other, own) for other, own in places if not any(other in chosen for chosen in found)]
-            choices = self._along(row, free, tried) if any(other is row for other, _ in free) else ()
-            found += islice((chosen for chosen in choices if self._fits(chosen, tried)), 1)
+            if any(other is row for other, _ in free):
+                found += islice((chosen for chosen in self._along(row, free, tried) if self._fits(chosen, tried)), 1)
         return found
 
-    def _along(self, row: Row, others: Sequence[tuple[Row, Places]], steps: Mapping[str, Sequence[int]]) -> Iterator[list[Row]]:
-        """A row with those of the others that a field moves with it, wholly or, where it takes several fields, in part."""
+    def _along(self, row: Row, rows: Sequence[tuple[Row, Places]], steps: Mapping[str, Sequence[int]]) -> Iterator[list[Row]]:
+        """A row with those of ``rows`` that a field moves with it, wholly or, where it takes several fields, in part."""
+        mine = next(own for other, own in rows if other is row)
         for step in steps[row[0].kind]:
             for found in moved(self.model, self.groups.axes, _less(row, step)):
-                if any(own & found for other, own in others if other is row):
-                    yield [other for other, own in others if other is row or own <= found]
-                    yield [other for other, own in others if other is row or own & found]
+                if mine & found:
+                    yield [other for other, own in rows if other is row or own <= found]
+                    yield [other for other, own in rows if other is row or own & found]
 
     def _places(self, row: Row) -> Places:
         """The dimensions that equal layers lie on, as ``moved`` has them."""

@@ -179,8 +179,8 @@ def static_config(model: PreTrainedModel, axes: Axes, keep: Keep, inputs: Inputs
 
     What its constructor computes and no file holds must be what is left of that now.
     """
-    by_name = _by_name(axes)
-    unsaved = shapes_after(axes, keep).keys() - saved_shapes(model, shapes_after(axes, keep)).keys()
+    by_name, shapes = _by_name(axes), shapes_after(axes, keep)
+    unsaved = shapes.keys() - saved_shapes(model, shapes).keys()
     wanted, before = resized_graph(axes, keep), build_empty(type(model), model.config)
     for name, buffer in list(before.named_buffers(remove_duplicate=False)):
         if name in unsaved:
@@ -193,7 +193,7 @@ def static_config(model: PreTrainedModel, axes: Axes, keep: Keep, inputs: Inputs
         found = trace(build_meta(type(model), config), inputs)
         return same_program(wanted, found) and _same_constants(axes.trace, found)
 
-    return fit(model, shapes_after(axes, keep), numbers(axes, keep), computes_the_same)
+    return fit(model, shapes, numbers(axes, keep), computes_the_same)
 
 
 def _same_constants(one: Trace, other: Trace) -> bool:

@@ -119,12 +119,11 @@ def sketchable(model: PreTrainedModel, axes: Axes, keep: Keep) -> bool:
 
 def moved(model: PreTrainedModel, axes: Axes, keep: Keep) -> Iterator[Places]:
     """What each field that holds a size which changes moves, given what that becomes."""
-    with quiet(), suppress(ModelLimit):
-        whole, few = described(model)
-        blueprint = few.blueprint if few else whole
-        for path, value in named(blueprint, numbers(axes, keep))[:STEPS]:
-            response = blueprint.response({path: value}) or {}
-            yield spelled(model, {dim: blueprint.sizes[dim] for dim in response if dim in blueprint.sizes})
+    whole, few = described(model)
+    blueprint = few.blueprint if few else whole
+    for path, value in named(blueprint, numbers(axes, keep))[:STEPS]:
+        response = blueprint.response({path: value}) or {}
+        yield spelled(model, {dim: blueprint.sizes[dim] for dim in response if dim in blueprint.sizes})
 
 
 def held(model: PreTrainedModel) -> set[int]:
