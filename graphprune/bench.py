@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from graphprune.device import beside, finished, where
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.written import decode, inference
 
@@ -194,7 +195,7 @@ def _speeds(seconds: Mapping[str, list[tuple[float, ...]]], phase: int, work: in
 
 def _reading_and_writing(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
     """Seconds to read the prompt up to its first answer, and seconds for the ``new_tokens`` after that one."""
-    device = _device(model)
+    device = where(model)
     ids, stamps = prompt.to(device), [_now(device)]
 
     def greedy(logits: Tensor) -> Tensor:
@@ -207,8 +208,8 @@ def _reading_and_writing(model: nn.Module, prompt: Tensor, new_tokens: int) -> t
 
 
 def _forward(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[float]:
-    device = _device(model)
-    moved = {name: value.to(device) for name, value in inputs.items()}
+    device = where(model)
+    moved = beside(dict(inputs), device)
     with inference(model):
         start = _now(device)
         model(**moved)
@@ -217,7 +218,7 @@ def _forward(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[float]:
 
 def _flops(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """FLOPs of one forward, those of attention included whatever kernel runs it."""
-    moved = {name: value.to(_device(model)) for name, value in inputs.items()}
+    moved = beside(dict(inputs), where(model))
     with inference(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**moved)
     return int(counter.get_total_flops())
@@ -232,8 +233,8 @@ def _bytes_read(model: nn.Module) -> int:
 
 def _peak(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """The most bytes that one forward holds at once, beside the weights."""
-    device = _device(model)
-    moved = {name: value.to(device) for name, value in inputs.items()}
+    device = where(model)
+    moved = beside(dict(inputs), device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -251,13 +252,8 @@ def _peak(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
 
 def _now(device: torch.device) -> float:
     """The time, once the device has finished what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    finished(device)
     return perf_counter()
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _random_prompt(models: Iterable[nn.Module], length: int, seed: int) -> Tensor:
@@ -279,7 +275,7 @@ def _cache_bytes(model: nn.Module, length: int) -> int:
     if "use_cache" not in signature(model.forward).parameters:
         return 0
     with inference(model):
-        output = model(torch.zeros((1, length), dtype=torch.long, device=_device(model)), use_cache=True)
+        output = model(torch.zeros((1, length), dtype=torch.long, device=where(model)), use_cache=True)
     tensors = _tensors_in(getattr(output, "past_key_values", None), set())
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

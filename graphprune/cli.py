@@ -19,7 +19,7 @@ from graphprune.console import err, out, progress, shown
 from graphprune.data import calibrate, read_texts
 from graphprune.default import default_for
 from graphprune.disk import check_fits
-from graphprune.errors import GraphpruneError, UserMistake
+from graphprune.errors import GraphpruneError, UserMistake, first_line
 from graphprune.evaluate import perplexity, published
 from graphprune.groups import couple
 from graphprune.listing import explained, rows, tables
@@ -37,7 +37,7 @@ from graphprune.rewrite.checkpoint import check_free
 from graphprune.source import open_source
 from graphprune.streamed import compile_streamed
 from graphprune.trace import trace
-from graphprune.words import calibration_for, dtype_of, enable_checkpointing, harness, listed, shares_of
+from graphprune.words import calibration_for, device_of, dtype_of, enable_checkpointing, harness, listed, shares_of
 
 app = typer.Typer(
     help="graphprune makes PyTorch models physically smaller.",
@@ -50,6 +50,7 @@ Model = Annotated[str, typer.Argument(help="A checkpoint directory, a GGUF file,
 Output = Annotated[Path, typer.Option("--output", "-o", help="The directory to write. It must not exist, or be empty.")]
 Kinds = Annotated[str | None, typer.Option(help="Kinds of groups to prune, with commas: head,ffn,… (default: by architecture).")]
 Dtype = Annotated[str | None, typer.Option(help="Load as float32, bfloat16, … (default: as stored).")]
+Device = Annotated[str, typer.Option(help="Where the model is and everything is computed: cpu, cuda, cuda:1, …")]
 Stream = Annotated[
     bool, typer.Option("--stream", help="Never hold the model: read, prune and write a checkpoint directory tensor by tensor.")
 ]
@@ -109,6 +110,7 @@ def compile_(
     ] = False,
     stream: Stream = False,
     seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 0,
+    device: Device = "cpu",
     dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
@@ -116,10 +118,11 @@ def compile_(
     _check(model, output, stream)
     if stream and (dtype or emit != "module" or alike is False):
         raise UserMistake("--stream writes a stock checkpoint in the dtype it finds", fix="leave out --dtype, --emit and --differ")
+    there = device_of(device)
     asked = [find_pass(spec) for spec in ([method] if method else []) + (extra or [])]
     with progress() as show:
         show("opening")
-        source = open_source(model, dtype=dtype_of(dtype), weights=not stream)
+        source = open_source(model, dtype=dtype_of(dtype), weights=not stream, device=there)
         default = default_for(source.model, calibration is not None and not stream, listed(kinds) or (), method)
         steps = [*map(find_pass, (default.method, *default.passes)), *asked[bool(method) :]]
         settings: dict[str, Any] = {
@@ -130,7 +133,7 @@ def compile_(
         sizes = samples or default.samples, length or default.length
         text = calibration_for(steps, source, calibration, *sizes, batch, seed, show)
         if stream:
-            shown(compile_streamed(model, output, **settings, calibration=text, progress=show), output)
+            shown(compile_streamed(model, output, **settings, calibration=text, device=there, progress=show), output)
             return
         if checkpointing:
             enable_checkpointing(source)
@@ -203,14 +206,16 @@ def sparsify_(
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens of each.")] = 128,
     seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 0,
+    device: Device = "cpu",
     dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
     """Write zeros into the weights of MODEL and keep its shapes."""
     check_free(output)
+    there = device_of(device)
     with progress() as show:
         show("opening")
-        source = open_source(model, dtype=dtype_of(dtype))
+        source = open_source(model, dtype=dtype_of(dtype), device=there)
         show("calibration text")
         text = None if method == "magnitude" else calibrate(calibration, source, samples=samples, length=length, seed=seed)
         sparse = sparsify(
@@ -237,15 +242,17 @@ def recover_(
     preset: Annotated[str, typer.Option(help="llm-pruner (LoRA, the published recipe) or ten-minutes.")] = "llm-pruner",
     minutes: Annotated[float | None, typer.Option(help="Stop after this long.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 0,
+    device: Device = "cpu",
     dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
     """Train a pruned MODEL back towards what it was and write a plain checkpoint."""
     _check(model, output)
+    there = device_of(device)
     with progress() as show:
         show("opening")
-        source = open_source(model, dtype=dtype_of(dtype))
-        tutor = open_source(teacher, dtype=dtype_of(dtype)).model if teacher else None
+        source = open_source(model, dtype=dtype_of(dtype), device=there)
+        tutor = open_source(teacher, dtype=dtype_of(dtype), device=there).model if teacher else None
         limits = {"minutes": minutes} if minutes else {}
         trained = recover(
             source.model, read_texts(data), teacher=tutor, tokenizer=source.tokenizer(), preset=preset, seed=seed,
@@ -267,6 +274,7 @@ def evaluate(
     include: Annotated[Path | None, typer.Option(help="A directory with task descriptions of your own.")] = None,
     shots: Annotated[int | None, typer.Option(help="Examples before each question (default: the task's).")] = None,
     limit: Annotated[int | None, typer.Option(help="At most this many windows, or questions a task.")] = None,
+    device: Device = "cpu",
     dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
@@ -274,7 +282,7 @@ def evaluate(
     if not text and not tasks:
         raise UserMistake("nothing to measure", fix="--text FILE, or --tasks NAME,…")
     judge = harness() if tasks else None
-    source = open_source(model, dtype=dtype_of(dtype))
+    source = open_source(model, dtype=dtype_of(dtype), device=device_of(device))
     if text:
         how = published(protocol, source.model) if protocol else None
         found = perplexity(source.model, source.tokenizer(), read_texts(text), length=length, limit=limit, protocol=how)
@@ -293,15 +301,14 @@ def bench(
     prompt: Annotated[int, typer.Option(help="Tokens read.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens written.")] = 32,
     repeats: Annotated[int, typer.Option(help="Interleaved rounds.")] = 5,
-    device: Annotated[str, typer.Option(help="Where they run: cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
     """Time MODELS in turns, while reading and writing, beside the ideal. What is no language model: a forward."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserMistake("no CUDA device here", fix="--device cpu")
-    sources = {name: open_source(name, dtype=dtype_of(dtype)) for name in models}
-    opened = {name: source.model.eval().to(device) for name, source in sources.items()}
+    there = device_of(device)
+    sources = {name: open_source(name, dtype=dtype_of(dtype), device=there) for name in models}
+    opened = {name: source.model.eval() for name, source in sources.items()}
     written = all(getattr(model, "can_generate", bool)() for model in opened.values())
     inputs = None if written else next(iter(sources.values())).example_inputs()
     out.print(side_by_side(figures(opened, inputs, prompt=prompt, new_tokens=new_tokens, repeats=repeats)))
@@ -316,9 +323,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with joined():
             out.quiet = err.quiet = not leads()
             app(given, standalone_mode=True)
-    except GraphpruneError as error:
+    except (GraphpruneError, torch.OutOfMemoryError) as failure:
         if "--debug" in given:
             raise
+        error = failure if isinstance(failure, GraphpruneError) else _too_large(failure)
         err.print(f"[bold red]error[/] {type(error).__name__}", highlight=False)
         err.print(str(error), markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(error.exit_code) from None
@@ -333,3 +341,8 @@ def _check(model: str, output: Path, stream: bool = False) -> None:
         check_free(output)
     if not stream:
         check_fits(model)
+
+
+def _too_large(error: Exception) -> UserMistake:
+    fix = "--device cpu, a smaller --batch, or --stream"
+    return UserMistake("the model and what is computed do not fit into the device's memory", why=first_line(error), fix=fix)

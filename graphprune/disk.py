@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from graphprune.device import CPU
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.ranks import leads, wait
 
@@ -86,7 +87,7 @@ class Entry:
         """Put other values in its place in the file."""
         with self.file.open("r+b", buffering=0) as stream:
             stream.seek(self.start)
-            write_all(stream, as_bytes(tensor.to(self.dtype).contiguous()))
+            write_all(stream, as_bytes(tensor.to("cpu", self.dtype).contiguous()))
 
 
 def write_all(stream: BinaryIO | FileIO, data: bytes | memoryview) -> None:
@@ -222,8 +223,8 @@ def _header(file: Path) -> Iterator[tuple[str, Entry]]:
 
 
 class OnDisk(nn.Parameter):
-    """A parameter that lives in a file: every operation on it reads it anew, and gets an ordinary tensor; some of
-    its rows are read alone.
+    """A parameter that lives in a file: every operation on it reads it anew, and gets an ordinary tensor on its device; some
+    of its rows are read alone.
 
     It can be given a new value by ``put``; operations that would change it in place raise ModelLimit.
     """
@@ -231,10 +232,10 @@ class OnDisk(nn.Parameter):
     entry: Stored
 
     @staticmethod
-    def of(entry: Stored) -> OnDisk:
-        """The parameter for a place in a checkpoint."""
+    def of(entry: Stored, device: torch.device = CPU) -> OnDisk:
+        """The parameter for a place in a checkpoint; what is read goes to ``device``."""
         make: Any = torch.Tensor._make_wrapper_subclass
-        made = make(OnDisk, entry.shape, dtype=entry.dtype, device="cpu", requires_grad=False)
+        made = make(OnDisk, entry.shape, dtype=entry.dtype, device=device, requires_grad=False)
         made.entry = entry
         return made  # type: ignore[no-any-return]
 
@@ -245,8 +246,8 @@ class OnDisk(nn.Parameter):
             raise ModelLimit("a weight in a file cannot be changed in place", why=str(function), fix="put(parameter, value)")
         if function is torch.ops.aten.slice.Tensor and (args[1:2] or (0,)) == (0,) and len(args) == 4:
             first, last, _ = slice(*args[2:]).indices(len(args[0]))
-            return args[0].entry.rows(first, max(first, last))
-        args, kwargs = pytree.tree_map_only(OnDisk, lambda parameter: parameter.entry.read(), (args, kwargs or {}))
+            return args[0].entry.rows(first, max(first, last)).to(args[0].device)
+        args, kwargs = pytree.tree_map_only(OnDisk, lambda own: own.entry.read().to(own.device), (args, kwargs or {}))
         return function(*args, **kwargs)
 
 
@@ -263,7 +264,9 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 
 def rows(tensor: Tensor, first: int, last: int) -> Tensor:
     """``tensor[first:last]`` where nobody asks for gradients: of a file without a detour over torch's dispatch."""
-    return tensor.entry.rows(first, min(last, tensor.shape[0])) if isinstance(tensor, OnDisk) else tensor[first:last]
+    if not isinstance(tensor, OnDisk):
+        return tensor[first:last]
+    return tensor.entry.rows(first, min(last, tensor.shape[0])).to(tensor.device)
 
 
 def put(parameter: Tensor, value: Tensor) -> None:

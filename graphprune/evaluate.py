@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from graphprune.data import Calibration, refuse_overlap, tokenize
+from graphprune.device import where
 from graphprune.errors import UserMistake, nearest
 from graphprune.written import decode, inference, logits_of
 
@@ -100,8 +101,7 @@ def continuation(model: nn.Module, tokenizer: Any, prompt: str, tokens: int = 40
     ids = tokenize(tokenizer, prompt)
     if len(ids) == 0:
         raise UserMistake("nothing to continue: the prompt is empty")
-    device = next(model.parameters()).device
-    written = decode(model, ids[None].to(device), lambda logits: logits.argmax(-1), tokens)[0, len(ids) :].tolist()
+    written = decode(model, ids[None].to(where(model)), lambda logits: logits.argmax(-1), tokens)[0, len(ids) :].tolist()
     ends = [i for i, token in enumerate(written) if token == tokenizer.eos_token_id]
     return str(tokenizer.decode(written[: ends[0]] if ends else written, skip_special_tokens=True))
 
@@ -119,7 +119,7 @@ def _windows(ids: Tensor, how: Protocol) -> list[Tensor]:
 def _loss(model: nn.Module, window: Tensor, start: int | None, counted: int) -> tuple[float, int]:
     """Summed loss over the last ``counted`` tokens of a window, less the first of all; and how many that were."""
     ids = window if start is None else torch.cat([torch.tensor([start]), window])
-    ids = ids.to(next(model.parameters()).device)
+    ids = ids.to(where(model))
     with inference(model):
         logits = logits_of(model(ids[None]))[0, :-1][-counted:]
     return float(cross_entropy(logits.float(), ids[1:][-counted:], reduction="sum")), len(logits)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphprune.calls import is_check, operation
+from graphprune.device import CPU, beside, where
 from graphprune.disk import OnDisk
 from graphprune.experts import Gathered, gathers, multiplied
 from graphprune.ranks import whole
@@ -27,8 +28,6 @@ See = Callable[[fx.Node, Any], None]
 
 Calls = dict[fx.Node, tuple[tuple[Any, ...], dict[str, Any]]]
 """The arguments of each node, literal dtypes and devices replaced, for all walks that are alike in this."""
-
-CPU = torch.device("cpu")
 
 PART = 1 << 18
 """Elements of a weight that are brought to another precision at a time."""
@@ -50,7 +49,9 @@ DRAWN = 0.5
 def tensors_of(model: nn.Module, trace: Trace) -> dict[str, Tensor]:
     """The model's tensors under the names the trace gives them. Nothing is copied."""
     owned = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    return {t.name: trace.constants[t.name] if t.kind == "constant" else owned[t.name] for t in trace.tensors.values()}
+    without_device = any(isinstance(value, Tensor) and value.is_meta for value in trace.example)
+    constants = beside(dict(trace.constants), where(model)) if without_device else trace.constants
+    return {t.name: constants[t.name] if t.kind == "constant" else owned[t.name] for t in trace.tensors.values()}
 
 
 @torch.no_grad()
@@ -98,6 +99,7 @@ class Walk:
         calls: Calls | None = None,
     ) -> None:
         self.trace, self.tensors, self.inputs, self.dtype, self.edit = trace, tensors, inputs, dtype, edit
+        self.device = next((value.device for value in inputs.values() if isinstance(value, Tensor)), CPU)
         self.values: dict[fx.Node, Any] = {}
         self.calls: Calls = {} if calls is None else calls
 
@@ -124,7 +126,7 @@ class Walk:
         if gathers(node) and self.is_own(node.args[0]):
             return self.gathered(node)
         if node not in self.calls:
-            self.calls[node] = _retyped((node.args, node.kwargs), self.dtype)
+            self.calls[node] = _retyped((node.args, node.kwargs), self.dtype, self.device)
         args, kwargs = fx.map_arg(self.calls[node], fetch)
         target: Any = multiplied if node.target is aten.bmm.default else node.target
         value = target(*args, **kwargs)
@@ -200,18 +202,18 @@ def is_drawn(node: fx.Node) -> bool:
     return operation(node) in RANDOM
 
 
-def _retyped(value: Any, dtype: torch.dtype | None) -> Any:
-    """Literal real and complex dtypes replaced where one is given; what was traced without a device computes on the CPU."""
+def _retyped(value: Any, dtype: torch.dtype | None, device: torch.device) -> Any:
+    """Literal real and complex dtypes replaced where one is given; what was traced without a device (meta) has this one."""
     if type(value) in TYPELESS:
         return value
     if isinstance(value, torch.dtype):
         return _replaced(value, dtype)
     if isinstance(value, torch.device):
-        return CPU if value.type == "meta" else value
+        return device if value.type == "meta" else value
     if isinstance(value, tuple | list):
-        return type(value)([_retyped(part, dtype) for part in value])
+        return type(value)([_retyped(part, dtype, device) for part in value])
     if isinstance(value, dict):
-        return {key: _retyped(part, dtype) for key, part in value.items()}
+        return {key: _retyped(part, dtype, device) for key, part in value.items()}
     return value
 
 

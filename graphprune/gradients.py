@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from graphprune.disk import given_back
-from graphprune.errors import ModelLimit
+from graphprune.device import CPU, beside, where
+from graphprune.disk import OnDisk, given_back
+from graphprune.errors import ModelLimit, UserMistake
 from graphprune.written import logits_of
 
 Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
@@ -63,7 +64,7 @@ def see_gradients(
         hooks = [_hand_over(name, parameter, see) for name, parameter in parameters.items()]
         try:
             for inputs in batches:
-                loss(model, inputs).backward()  # type: ignore[no-untyped-call]
+                loss(model, beside(dict(inputs), where(model))).backward()  # type: ignore[no-untyped-call]
         finally:
             for hook in hooks:
                 hook.remove()
@@ -90,6 +91,8 @@ def _hand_over(name: str, parameter: nn.Parameter, see: SeeGradient) -> Any:
 @contextmanager
 def _only_gradients_of(model: nn.Module, names: Collection[str] | None) -> Iterator[dict[str, nn.Parameter]]:
     named = dict(model.named_parameters())
+    if any(isinstance(parameter, OnDisk) and parameter.device != CPU for parameter in named.values()):
+        raise UserMistake("gradients of weights in files are computed on the CPU", fix="leave out --device, or --stream")
     before = {name: (parameter.requires_grad, parameter.grad) for name, parameter in named.items()}
     modes = {module: module.training for module in model.modules()}
     chosen = {name: p for name, p in named.items() if (names is None or name in names) and p.is_floating_point()}

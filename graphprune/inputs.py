@@ -16,6 +16,7 @@ from torch._export.utils import _compiling_state_context
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers import PreTrainedConfig
 
+from graphprune.device import where
 from graphprune.errors import ModelLimit, UserMistake, first_line
 from graphprune.exportable import exportable
 from graphprune.repeat import Repeats
@@ -50,7 +51,7 @@ def guess_inputs(model: nn.Module, config: PreTrainedConfig, *, rows: int | None
 
     Those are best for which it asks for no value.
     """
-    device = next(model.parameters()).device
+    device = where(model)
     refused: list[tuple[Exception, dict[str, Tensor]]] = []
     for inputs in _guesses(model, config, rows, seed):
         refusal = _refusal(model, inputs)

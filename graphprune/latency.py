@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.axes import Axis, Factor, Keep
+from graphprune.device import finished
 from graphprune.propagate import Axes
 from graphprune.rewrite.graph import resized_call
 
@@ -195,14 +196,9 @@ def stopwatch(call: Callable[[], Any], device: torch.device) -> float:
     call()
     taken: list[float] = []
     while len(taken) < LEAST or (sum(taken) < SHORTEST and len(taken) < MOST):
-        _wait(device)
+        finished(device)
         start = perf_counter()
         call()
-        _wait(device)
+        finished(device)
         taken.append(perf_counter() - start)
     return min(taken)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

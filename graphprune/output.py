@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from graphprune.compiler import Result
+from graphprune.device import beside, where
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.exportable import exportable
 from graphprune.facts import Example
@@ -65,7 +66,7 @@ def _save_program(model: PrunedGraph, example: Example, folder: Path) -> None:
 
     For ONNX, hand a smaller model, module or graph, to torch's own exporter: ``torch.onnx.export(model, args, dynamo=True)``.
     """
-    args, kwargs = as_call(example.inputs)
+    args, kwargs = beside(as_call(example.inputs), where(model))
     try:
         program = torch.export.export(model, args, kwargs, dynamic_shapes={"args": open_sizes(args, {})}, strict=False)
     except Exception:  # noqa: BLE001  whatever stands against open sizes, fixed ones are the answer
@@ -85,10 +86,10 @@ def _check_reload(result: Result, folder: Path) -> None:
     """What a stranger will load must compute what was verified in memory."""
     if not isinstance(result.model, PreTrainedModel):
         return
-    args, kwargs = as_call(result.facts[Example].inputs)
+    args, kwargs = beside(as_call(result.facts[Example].inputs), where(result.model))
     with torch.no_grad(), exportable(result.model, experts=None), same_draws():
         expected = leaves(result.model(*args, **kwargs))
-    loaded: Any = load(folder).to(result.model.dtype).eval()
+    loaded: Any = load(folder).to(where(result.model), result.model.dtype).eval()
     if not close(loaded, result.facts[Example].inputs, Reference(lambda: expected)):
         raise ModelLimit(
             "the saved checkpoint does not compute what the pruned model does",

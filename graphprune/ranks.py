@@ -29,8 +29,8 @@ def joined() -> Iterator[None]:
         return
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         yield
     finally:
@@ -96,9 +96,8 @@ def summed(totals: Mapping[Key, Tensor], model: nn.Module | None = None) -> dict
     """
     if not dist.is_initialized() or (model is not None and is_sharded(model)):
         return dict(totals)
-    device = next((total.device for total in totals.values()), torch.device("cpu"))
     found: dict[Key, Tensor] = {}
-    for key, (shape, dtype) in _everybodys(totals).items():
+    for key, (shape, dtype, device) in _everybodys(totals).items():
         found[key] = totals[key].contiguous().clone() if key in totals else torch.zeros(shape, dtype=dtype, device=device)
         dist.all_reduce(found[key])
     return found
@@ -112,10 +111,10 @@ def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
             dist.all_reduce(parameter.grad)
 
 
-def _everybodys(totals: Mapping[Key, Tensor]) -> dict[Key, tuple[torch.Size, torch.dtype]]:
-    """Shape and dtype of every total that some rank has, in the same order on each."""
+def _everybodys(totals: Mapping[Key, Tensor]) -> dict[Key, tuple[torch.Size, torch.dtype, str]]:
+    """Shape, dtype and kind of device of every total that some rank has, in the same order on each."""
     lists: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(lists, [(key, (total.shape, total.dtype)) for key, total in totals.items()])
+    dist.all_gather_object(lists, [(key, (total.shape, total.dtype, total.device.type)) for key, total in totals.items()])
     return {key: what for row in lists for key, what in row}
 
 

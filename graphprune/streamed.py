@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from graphprune.budget import Budget
 from graphprune.collecting import settled
 from graphprune.compiler import seeded, traced, with_extras
 from graphprune.data import Calibration
+from graphprune.device import beside
 from graphprune.disk import Checkpoint, OnDisk, given_back
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.facts import Emission, Example, Notes, Pruned
@@ -58,11 +59,12 @@ class Streamed:
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """The checkpoint that is read, where the model's tensors lie in it, and the directory that is filled."""
+    """The checkpoint that is read, where the model's tensors lie in it, the directory that is filled, and where to compute."""
 
     checkpoint: Checkpoint
     places: Mapping[str, Place]
     folder: Path
+    device: torch.device
 
 
 def compile_streamed(
@@ -83,15 +85,16 @@ def compile_streamed(
     passes: Sequence[str | Callable[..., Any]] = (),
     plan: Plan | None = None,
     options: Mapping[str, Any] | None = None,
+    device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> Streamed:
     """Prune a checkpoint directory without ever holding the model; the budget is that of ``compile``.
 
     A data-free method sees the weights one by one. One that runs forward passes only (wanda_sp, flap, minitron), and the repairs
     least_squares and mean_bias, walk the graph with the weights of a few operations at a time; one that runs backward passes
-    reads each weight where autograd asks for it, and holds the activations. ``plan`` applies a plan made before. The result is
-    a stock checkpoint: layers shrink alike, and the config that describes them is checked to give the very graph the cut
-    demands. Raises ModelLimit when there is none; nothing is written then.
+    reads each weight where autograd asks for it, and holds the activations, on the CPU; all others compute on ``device``.
+    ``plan`` applies a plan made before. The result is a stock checkpoint: layers shrink alike, and the config that describes them
+    is checked to give the very graph the cut demands. Raises ModelLimit when there is none; nothing is written then.
     """
     source = open_source(checkpoint, weights=False)
     if source.path is None or not source.path.is_dir() or not isinstance(source.model, PreTrainedModel):
@@ -106,10 +109,12 @@ def compile_streamed(
     stages = with_extras([*stages, Pass(write)], [find_pass(extra) for extra in passes])
     given = {nn.Module: source.model, Example: Example(inputs), Emission: Emission(), Notes: Notes(notes), Budget: budget}
     given |= {} if plan is None else {Plan: plan}
-    given |= {} if calibration is None else {Calibration: calibration}
+    if calibration is not None:
+        batches = tuple(beside(dict(batch), torch.device(device)) for batch in calibration.inputs)
+        given[Calibration] = replace(calibration, inputs=batches)
     with shared(out) as folder, given_back(BLOCKS if calibration is None else VALUES), settled():
         files = Checkpoint(source.path)
-        facts = run(stages, {**given, Files: Files(files, layout(source.model, files), folder)}, progress)
+        facts = run(stages, {**given, Files: Files(files, layout(source.model, files), folder, torch.device(device))}, progress)
         pruned: Pruned = facts[Pruned]
         if pruned.config is None:
             raise ModelLimit("the pruned model cannot be streamed", why=pruned.obstacle, fix="compile it in memory")
@@ -137,7 +142,7 @@ def write(model: nn.Module, groups: Groups, plan: Plan, example: Example, files:
         write_cut(files.checkpoint, cuts(files.places, _by_name(axes), keep), files.folder)
     wait()
     filled = Checkpoint(files.folder)
-    written = Files(filled, layout(build_meta(type(model), config), filled), files.folder)
+    written = Files(filled, layout(build_meta(type(model), config), filled), files.folder, files.device)
     return Pruned(opened(model, config, axes, keep, written), config=config)
 
 
@@ -157,11 +162,13 @@ def opened(model: nn.Module, config: PreTrainedConfig, axes: Axes, keep: Keep, f
             raise ModelLimit(
                 f"{tensor.name} cannot be streamed", at=str(files.checkpoint.folder), why=why, fix="compile it in memory"
             )
-        value: Any = OnDisk.of(entry) if tensor.kind == "parameter" else entry.read()
+        value: Any = OnDisk.of(entry, files.device) if tensor.kind == "parameter" else entry.read()
         for alias in tensor.names:
             home, _, leaf = alias.rpartition(".")
             held: dict[str, Any] = vars(built.get_submodule(home))["_parameters" if tensor.kind == "parameter" else "_buffers"]
             held[leaf] = value
+    for part in built.modules():
+        part._buffers.update({leaf: value.to(files.device) for leaf, value in part._buffers.items() if value is not None})
     return built
 
 

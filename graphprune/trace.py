@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from graphprune.composed import write_out_composed
+from graphprune.device import CPU, beside, where
 from graphprune.errors import ModelLimit, UserMistake, first_line
 from graphprune.exportable import BATCHED, exportable
 from graphprune.frames import short_stacks
@@ -73,7 +74,9 @@ class Trace:
 
     def flatten(self, inputs: Inputs) -> tuple[Any, ...]:
         """Example-like inputs as the flat values of ``self.inputs``."""
-        return tuple(pytree.tree_leaves(as_call(inputs)))
+        flat = pytree.tree_leaves(as_call(inputs))
+        device = next((value.device for value in self.example if isinstance(value, Tensor)), CPU)
+        return tuple(beside(flat, device))
 
 
 def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -94,7 +97,7 @@ def trace(
     and writes it out again for each twin: the same trace for less. ``experts`` is the way in which a mixture
     of experts runs, as ``exportable`` has it. Raises ModelLimit, naming the model's own source line, when it cannot be exported.
     """
-    args, kwargs = as_call(example_inputs)
+    args, kwargs = beside(as_call(example_inputs), where(model))
     _check_tensors(model)
     with exportable(model, experts), _without_gradients(model), _forgetting(), short_stacks():
         found = _repeated(model, args, kwargs) if repeat and not dynamic else None

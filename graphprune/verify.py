@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from graphprune.axes import Axis, Keep
+from graphprune.device import beside, where
 from graphprune.disk import given_back
 from graphprune.errors import ModelLimit, RuleBug
 from graphprune.execute import Edit, execute, is_drawn
@@ -226,7 +227,7 @@ def close(emitted: torch.nn.Module, inputs: Inputs, wanted: Reference) -> bool:
 @torch.no_grad()
 def computes(emitted: torch.nn.Module, inputs: Inputs, wanted: Reference) -> bool:
     """The same, but what the model raises is raised. Experts are run as the model runs them, however they were traced."""
-    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, as_call(inputs))
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, beside(as_call(inputs), where(emitted)))
     with exportable(emitted, experts=None), same_draws(), untouched(emitted):
         return wanted.agrees(leaves(emitted(*args, **kwargs)))
 
@@ -263,6 +264,7 @@ def _with_cache(model: torch.nn.Module, inputs: Inputs) -> float:
     ids = inputs.get("input_ids") if isinstance(inputs, Mapping) and len(inputs) == 1 else None
     if ids is None or ids.shape[1] < 2 * PROMPT:
         return float("inf")
+    ids = beside(ids, where(model))
     prompt, rest = ids[:1, :PROMPT], ids[:1, PROMPT : 2 * PROMPT]
     try:
         with same_draws():

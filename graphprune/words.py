@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from graphprune.data import Calibration, calibrate
-from graphprune.errors import UserMistake, nearest
+from graphprune.errors import UserMistake, first_line, nearest
 from graphprune.source import Source
 
 
@@ -31,6 +31,17 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     if name not in known:
         raise UserMistake(f"no dtype {name!r}", fix=nearest(name, known))
     return known[name]
+
+
+def device_of(name: str) -> torch.device:
+    """A device by torch's name for it, where there is one that holds values."""
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserMistake(f"no device {name!r} here", why=first_line(error), fix="--device cpu") from error
+    if device.type == "meta":
+        raise UserMistake("the device meta holds no values", fix="--device cpu")
+    return device
 
 
 def harness() -> Any:

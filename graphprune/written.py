@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graphprune.device import where
 from graphprune.errors import ModelLimit, UserMistake
 
 SAMPLED_AT_ONCE = 64
@@ -74,7 +75,7 @@ def written(model: nn.Module, config: Any, samples: int, length: int, seed: int 
     LLM-QAT (arXiv 2305.17888): what a model says of its own accord is narrower than what it knows. Raises UserMistake when it
     cannot.
     """
-    device = next(model.parameters()).device
+    device = where(model)
     if device.type == "meta" or getattr(config, "is_encoder_decoder", False):
         why = "its weights are not loaded" if device.type == "meta" else "it needs an input to answer"
         raise UserMistake("the model cannot write its own calibration text", why=why, fix="calibrate on a text, or on random ids")

@@ -34,7 +34,8 @@ def synflow(model: nn.Module, groups: Groups, budget: Budget, *, rounds: int = 1
     weights = {name: p.detach().double().abs() for name, p in model.named_parameters(remove_duplicate=False)}
     weights = {name: weights[name] for name in groups.axes.trace.parameters}
     buffers = dict(model.named_buffers(remove_duplicate=False)) | dict(groups.axes.trace.constants)
-    fallen: dict[str, Tensor] = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
+    device = next(model.parameters()).device
+    fallen = {group.name: torch.zeros(group.size, dtype=torch.float64, device=device) for group in groups}
     scores = Scores(fallen, "")
     for k in range(1, rounds + 1):
         saliency = _flow(groups, weights, buffers)
@@ -51,12 +52,12 @@ def _zero(groups: Groups, weights: Mapping[str, Tensor], plan: Plan, fallen: Map
     for group in groups:
         if group.factor not in keep:
             continue
-        gone = torch.ones(group.size, dtype=torch.bool)
+        gone = torch.ones_like(fallen[group.name], dtype=torch.bool)
         gone[list(keep[group.factor])] = False
         fallen[group.name][gone & (fallen[group.name] == 0)] = when
         for member in group.members:
             for column in groups.axes.tensors[member.name][member.dim].units(group.factor) if member.name in weights else ():
-                index = torch.tensor(column)
+                index = torch.tensor(column, device=gone.device)
                 weights[member.name].movedim(member.dim, 0)[(index >= 0) & gone[index]] = 0
 
 
