@@ -12,6 +12,9 @@ from graphprune.groups import KINDS, Group, Groups
 WIDE = {4096: 64, 512: 16}
 """What kept FFN widths are multiples of unless a budget says otherwise, by the least width it is for."""
 
+PIECES = ("layer", "branch")
+"""Kinds whose units are whole pieces."""
+
 ALIASES = {"attention": ("head",), "heads": ("head",), "width": ("hidden",), "all": KINDS}
 
 
@@ -22,8 +25,9 @@ class Budget:
     ``keep`` is a share of the parameters of the groups of the allowed kinds, or of the whole ``model``. ``target`` takes its place:
     shares of the whole model's ``parameters``, ``bytes`` of weights, ``flops``, ``kv`` (bytes of cached keys and values) or
     ``latency`` (measured on this machine, of a forward of the traced sizes) that may stay, all of them. ``kinds`` None means
-    attention heads and FFN channels where there is attention, everything otherwise. ``round_to`` makes kept sizes multiples; a
-    kind it does not name gets what hardware likes, ``WIDE``, as long as that does not put the budget out of reach. ``minimum``
+    attention heads and FFN channels where there is attention, everything otherwise. ``round_to`` makes kept sizes multiples,
+    and leaves alone what has no multiple that is smaller (a number for all kinds says nothing of fewer heads or experts); a kind it
+    does not name gets what hardware likes, ``WIDE``, as long as that does not put the budget out of reach. ``minimum``
     bounds sizes below, ``alike`` makes equal layers shrink alike, ``together`` further layers, each set by a group of every kind
     of layer in it, ``protect`` names (globs, modules, tensors, groups) what must not change.
     """
@@ -46,6 +50,13 @@ class Budget:
         for name, value, choices in (("keep_of", self.keep_of, ("groups", "model")), ("scope", self.scope, scopes)):
             if value not in choices:
                 raise UserMistake(f"{name} cannot be {value!r}", fix=nearest(value, choices))
+        for name, setting in (("round_to", self.round_to), ("minimum", self.minimum)):
+            by_kind = setting if isinstance(setting, Mapping) else {KINDS[0]: 1 if setting is None else setting}
+            for kind, units in by_kind.items():
+                if kind not in (*KINDS, *PIECES):
+                    raise UserMistake(f"{name}: no kind of group is called {kind!r}", fix=nearest(kind, (*KINDS, *PIECES)))
+                if units < 1:
+                    raise UserMistake(f"{name} cannot be {units}", fix="give a positive number of units")
         for name, share in self.target.items():
             if name not in MEASURES:
                 raise UserMistake(f"no budget is called {name!r}", fix=nearest(name, MEASURES))

@@ -133,8 +133,7 @@ def input_power(model: nn.Module, groups: Groups, batches: Iterable[Mapping[str,
             sums[number[consumer]] = sums[number[consumer]] + parts if number[consumer] in sums else parts
 
     axes = groups.axes
-    mine = dealt(fitted(axes.trace, batches))
-    see_inputs(axes, tensors_of(model, axes.trace), mine, see, wanted={consumer.weight for consumer in wanted})
+    see_inputs(axes, tensors_of(model, axes.trace), batches, see, wanted={consumer.weight for consumer in wanted})
     totals = summed(sums)
     return {consumer: Power(*(totals[i][:2] / totals[i][2])) for consumer, i in number.items()}
 
@@ -147,7 +146,8 @@ def see_inputs(
     *,
     wanted: Collection[str] | None = None,
 ) -> None:
-    """Walk the traced graph on each batch and show what flows into each consumer of a wanted weight; batches in their order.
+    """Walk the traced graph on each batch that this rank is dealt and show what flows into each consumer of a wanted weight;
+    batches in their order.
 
     Rows are dealt into batches of the traced shape; those left over are not seen. Weights that lie in files or are spread over
     ranks are read once, a few at a time. Raises UserMistake where no batch fits.
@@ -164,17 +164,22 @@ def see_inputs(
 
     nodes, reading = list(axes.trace.graph.nodes), {node for node, _ in by_node}
     last = max((place for place, node in enumerate(nodes) if node in reading), default=-1)
-    walk = Abreast(axes.trace, tensors, list(fitted(axes.trace, batches)), nodes[: last + 1], look)
+    walk = Abreast(axes.trace, tensors, dealt(fitted(axes.trace, batches)), nodes[: last + 1], look)
     for stretch in walk.stretches(nodes[: last + 1]):
         walk.run(stretch)
 
 
 def fitted(trace: Trace, batches: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Any, ...]]:
-    """Batches as flat inputs of the traced shapes, rows dealt anew where a batch has more or fewer."""
+    """Batches as flat inputs of the traced shapes, rows dealt anew where a batch has more or fewer; those left over are left out.
+
+    Raises UserMistake where there are too few rows for one batch.
+    """
     waiting: list[tuple[Any, ...]] = []
+    count = 0
     for inputs in batches:
         flat = trace.flatten(inputs)
         if _shapes(flat) == _shapes(trace.example):
+            count += 1
             yield flat
         else:
             _refuse_strangers(trace, flat)
@@ -182,7 +187,12 @@ def fitted(trace: Trace, batches: Iterable[Mapping[str, Any]]) -> Iterator[tuple
     if waiting:
         joined = [torch.cat(column) for column in zip(*waiting, strict=True)]
         dealt = [torch.split(column, len(like)) for column, like in zip(joined, trace.example, strict=True)]
-        yield from (batch for batch in zip(*dealt, strict=True) if _shapes(batch) == _shapes(trace.example))
+        whole = [batch for batch in zip(*dealt, strict=True) if _shapes(batch) == _shapes(trace.example)]
+        count += len(whole)
+        yield from whole
+    if not count:
+        shapes = f"the model was traced on {_shapes(trace.example)}"
+        raise UserMistake("too few calibration rows for one batch", why=shapes, fix="give more samples, or trace on fewer rows")
 
 
 def _shapes(flat: Iterable[Any]) -> list[Any]:

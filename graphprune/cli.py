@@ -33,7 +33,7 @@ from graphprune.ranks import joined, leads
 from graphprune.recover import recover
 from graphprune.replay import replay
 from graphprune.report import side_by_side
-from graphprune.rewrite.checkpoint import check_free
+from graphprune.rewrite.folder import check_free
 from graphprune.source import open_source
 from graphprune.streamed import compile_streamed
 from graphprune.trace import trace
@@ -140,8 +140,7 @@ def compile_(
         example = None if text else source.example_inputs()
         result = compile(source.model, example, **settings, alike=alike, emit=emit, verify=verify, calibration=text, progress=show)
         show("saving")
-        if leads():
-            save(result, output, source)
+        save(result, output, source)
     shown(result, output)
 
 
@@ -211,7 +210,7 @@ def sparsify_(
     debug: Debug = False,
 ) -> None:
     """Write zeros into the weights of MODEL and keep its shapes."""
-    check_free(output)
+    _check(model, output)
     there = device_of(device)
     with progress() as show:
         show("opening")
@@ -259,8 +258,7 @@ def recover_(
             progress=show, **limits,
         )  # fmt: skip
         show("saving")
-        if leads():
-            save_model(trained, output, source)
+        save_model(trained, output, source)
     out.print(f"{output}: trained, a checkpoint like {model}", highlight=False)
 
 

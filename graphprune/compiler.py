@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,6 +17,7 @@ from graphprune.collecting import settled
 from graphprune.data import Calibration
 from graphprune.default import default_for
 from graphprune.depth import as_groups, rewrite_pieces, select_pieces
+from graphprune.device import drawing, where
 from graphprune.errors import GraphpruneError, HiddenSize, ModelLimit, UserMistake
 from graphprune.execute import tensors_of
 from graphprune.facts import Emission, Example, Notes, Pruned
@@ -95,7 +95,6 @@ def compile(  # noqa: A001  the product's own verb
     stock config needs. Budget parameters are those of ``Budget``. Raises ModelLimit when the model stands in the way,
     UserMistake on bad arguments; nothing is changed then.
     """
-    torch.manual_seed(seed)
     whole = not set(WHOLE).isdisjoint(kinds or ())
     default = default_for(model, calibration is not None, kinds or (), method)
     shrink_alike = _alike(model, alike, emit)
@@ -111,7 +110,7 @@ def compile(  # noqa: A001  the product's own verb
     scorer = find_pass(default.method, **seeded(default.method, options or {}, seed))
     stages = whole_pieces(scorer, kinds or ()) if whole else pipeline(scorer)
     stages = with_extras(stages, [find_pass(extra) for extra in (*default.passes, *passes)])
-    with settled():
+    with settled(), drawing(seed, where(model)):
         facts = _without_hidden(stages, given, progress)
     pruned: Pruned = remember(facts[Pruned], model)
     return Result(pruned.model, facts[Plan], facts[Groups], pruned, tuple(notes), facts)
@@ -119,10 +118,13 @@ def compile(  # noqa: A001  the product's own verb
 
 def _without_hidden(stages: Sequence[Pass], given: Facts, progress: Progress | None) -> Facts:
     """Run the stages. Where the model's code hides a size of some groups that nobody asked for, once more without them."""
+    notes: Notes = given[Notes]
+    said = len(notes.lines)
     try:
         return run(stages, given, progress)
     except HiddenSize as limit:
-        model, example, budget, notes = given[nn.Module], given[Example], given[Budget], given[Notes]
+        model, example, budget = given[nn.Module], given[Example], given[Budget]
+        del notes.lines[said:]
         if budget.kinds is not None:
             raise
         groups = narrow(model, couple(propagate(traced(model, example, given[Emission]))), budget, given[Emission], Notes([]))

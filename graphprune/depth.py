@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -16,7 +16,7 @@ from graphprune.cost import MEASURES, cost
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.execute import tensors_of
 from graphprune.facts import Emission, Example, Pruned
-from graphprune.groups import Group, Groups, matches
+from graphprune.groups import Group, Groups, check_named, matches
 from graphprune.pieces import Layers, Piece, bypassed
 from graphprune.plan import Cut, Plan, fingerprint
 from graphprune.propagate import Axes
@@ -41,6 +41,7 @@ def as_groups(layers: Layers) -> Groups:
 def select_pieces(layers: Layers, scores: Scores, budget: Budget) -> Plan:
     """Choose the pieces that go: the lowest scores first, ``local`` the same share of every stack, ``global`` by score per
     parameter, ``rank`` by score alone, until the budget is met. Raises ModelLimit when it is out of reach."""
+    check_named(layers, budget.protect)
     keep = {group.factor: list(range(group.size)) for group in layers}
     left = _left(layers, keep, budget)
     for group, unit in _order(layers, scores, budget):
@@ -161,7 +162,7 @@ def _elements_left(layers: Layers, removed: Sequence[Piece]) -> Elements:
     for group in layers:
         if group.kind != "layer":
             raise ModelLimit("a residual branch is no element of a stack", fix='emit="graph", or prune layers')
-        stack = group.name.removesuffix(":layer")
+        stack = layers.pieces[group.name][0].name.rpartition(".")[0]
         count = 1 + max(int(piece.name.rpartition(".")[2]) for piece in layers.pieces[group.name])
         stays = [i for i in range(count) if f"{stack}.{i}".lstrip(".") not in gone]
         if len(stays) < count:
@@ -176,12 +177,13 @@ def without_elements(model: nn.Module, stays: Elements, *, renumber: bool = True
     """
     memo: dict[int, Any] = {}
     for stack, kept in stays.items():
-        old = model.get_submodule(stack)
-        new = memo[id(old)] = copy(old)
-        new._modules = {str(place): deepcopy(old.get_submodule(str(element)), memo) for place, element in enumerate(kept)}
-    smaller = deepcopy(model, memo) if id(model) not in memo else memo[id(model)]
-    for stack, kept in stays.items() if renumber else ():
-        _renumber(model.get_submodule(stack), smaller.get_submodule(stack), kept)
+        memo |= {id(child): None for name, child in model.get_submodule(stack).named_children() if int(name) not in kept}
+    smaller = deepcopy(model, memo)
+    for stack, kept in stays.items():
+        new = smaller.get_submodule(stack)
+        new._modules = {str(place): new._modules[str(element)] for place, element in enumerate(kept)}
+        if renumber:
+            _renumber(model.get_submodule(stack), new, kept)
     return smaller
 
 

@@ -1,7 +1,9 @@
-"""A model and inputs in, the inputs on the device that holds the model out."""
+"""A model, and inputs or a seed, in; the inputs, or what is drawn, on the device that holds the model out."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -24,6 +26,15 @@ def beside(inputs: Any, device: torch.device) -> Any:
     if device.type in ("cpu", "meta") or any(tensor.device.type != "cpu" for tensor in tensors):
         return inputs
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)
+
+
+@contextmanager
+def drawing(seed: int, device: torch.device) -> Iterator[None]:
+    """Meanwhile what is drawn at random comes from ``seed``; the caller's draws then go on as if nothing had happened."""
+    kind = device.type if device.type not in ("cpu", "meta") else "cuda"
+    with torch.random.fork_rng([device] if device.type == kind else [], device_type=kind):
+        torch.manual_seed(seed)
+        yield
 
 
 def finished(device: torch.device) -> None:

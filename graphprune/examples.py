@@ -58,10 +58,11 @@ def _given(inputs: Mapping[str, Tensor], length: int) -> Iterator[Example]:
 
 
 def _windows(texts: Iterable[str], tokenizer: Any, length: int) -> list[Example]:
-    """Documents, each ended by the end-of-text token, in one row, cut; what is left over is dropped."""
+    """Documents, each ended by the end-of-text token, in one row, cut; what is left over is dropped, unless it is all."""
     end = [] if tokenizer.eos_token_id is None else [torch.tensor([tokenizer.eos_token_id])]
-    stream = torch.cat([part for text in texts for part in (tokenize(tokenizer, text), *end)])
-    return [Example(ids, ids) for ids in torch.split(stream, length) if len(ids) == length]
+    parts = [part for text in texts for part in (tokenize(tokenizer, text), *end)]
+    windows = torch.split(torch.cat(parts), length) if parts else ()
+    return [Example(ids, ids) for ids in windows if len(ids) == length or ids is windows[0]]
 
 
 def _instruction(record: Mapping[str, str], tokenizer: Any, length: int) -> Example:

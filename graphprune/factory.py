@@ -1,4 +1,4 @@
-"""A Python file and the name of a callable in it in, the module that it makes out."""
+"""A Python file and the name of a callable in it in, the model that it makes out."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from graphprune.errors import UserMistake, nearest
 
 def make(script: Path, name: str, device: str) -> tuple[nn.Module, object]:
     """``file.py:factory``: the callable gives a module, or (module, example_inputs). Raises UserMistake."""
-    if not script.is_file():
-        raise UserMistake(f"no such file: {script}", fix=siblings(script))
-    found = _callables(_import_file(script))
+    found = _callables(import_file(script))
     if name not in found:
         raise UserMistake(f"{script} has no {name!r}", fix=_offer(found, script, name))
     made = _call_factory(found[name], f"{script}:{name}", device)
@@ -30,7 +28,7 @@ def make(script: Path, name: str, device: str) -> tuple[nn.Module, object]:
 
 def which(script: Path) -> UserMistake:
     """The question that a file without a factory's name raises."""
-    return UserMistake(f"which model in {script}?", fix=_offer(_callables(_import_file(script)), script))
+    return UserMistake(f"which model in {script}?", fix=_offer(_callables(import_file(script)), script))
 
 
 def _call_factory(factory: Callable[[], object], name: str, device: str) -> object:
@@ -43,9 +41,11 @@ def _call_factory(factory: Callable[[], object], name: str, device: str) -> obje
         raise UserMistake(f"the factory {name} failed", why=f"{type(error).__name__}: {error}") from error
 
 
-def _import_file(script: Path) -> ModuleType:
-    """Run a Python file as a module of its own, its neighbours importable."""
-    name = f"graphprune_factory_{script.stem}"
+def import_file(script: Path) -> ModuleType:
+    """Run a Python file as a module of its own, its neighbours importable. Raises UserMistake."""
+    if not script.is_file():
+        raise UserMistake(f"no such file: {script}", fix=siblings(script))
+    name = f"graphprune_file_{script.stem}"
     spec = spec_from_file_location(name, script)
     assert spec is not None
     assert spec.loader is not None

@@ -6,14 +6,19 @@ the innermost line that is not torch's own.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from traceback import FrameSummary, StackSummary
 from types import FrameType
 from typing import Any
 
+import torch
 from torch.fx import proxy
+
+TORCH = str(Path(torch.__file__).parent) + os.sep
 
 NOTES = "CapturedTraceback"
 """What torch's tracer takes the stack behind an operation with."""
@@ -54,7 +59,7 @@ def _summary(frames: Iterable[tuple[str, int, str]]) -> StackSummary:
 
 def is_own(path: str) -> bool:
     """Whether a file is not torch's."""
-    return "/torch/" not in path
+    return not path.startswith(TORCH)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from graphprune.device import CPU, beside, where
 from graphprune.disk import OnDisk, given_back
 from graphprune.errors import ModelLimit, UserMistake
+from graphprune.precise import precise
 from graphprune.written import logits_of
 
 Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
@@ -42,8 +43,8 @@ def language_loss(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     logits = logits_of(output)
     if "input_ids" not in inputs or logits.shape[1] != inputs["input_ids"].shape[1]:
         raise ModelLimit("no loss is known for this model", fix="pass loss=, a function of (model, inputs)")
-    precise = logits[:, :-1].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-    return nn.functional.cross_entropy(precise, inputs["input_ids"][:, 1:].flatten())
+    predicted = precise(logits[:, :-1].flatten(0, 1))
+    return nn.functional.cross_entropy(predicted, inputs["input_ids"][:, 1:].flatten())
 
 
 def see_gradients(
@@ -81,7 +82,7 @@ def one_by_one(batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]
 def _hand_over(name: str, parameter: nn.Parameter, see: SeeGradient) -> Any:
     def hook(leaf: Tensor) -> None:
         if leaf.grad is not None:
-            gradient = leaf.grad.to(torch.promote_types(leaf.grad.dtype, torch.float32))
+            gradient = precise(leaf.grad)
             leaf.grad = None
             see(name, parameter, gradient)
 

@@ -26,6 +26,7 @@ import networkx as nx
 
 from graphprune.axes import Axis, Factor
 from graphprune.dependency import Join, Roles, Structure, dependency_graph
+from graphprune.errors import UserMistake, nearest
 from graphprune.explain import explain
 from graphprune.propagate import Axes
 from graphprune.unify import Reason
@@ -235,3 +236,13 @@ def _names(factors: list[Factor], members: Mapping[Factor, tuple[Member, ...]], 
 def matches(name: str, pattern: str) -> bool:
     """A pattern is a glob, or the dotted name of a module or tensor."""
     return fnmatchcase(name, pattern) or name == pattern or name.startswith((f"{pattern}.", f"{pattern}:"))
+
+
+def check_named(groups: Groups, patterns: Iterable[str]) -> None:
+    """Raise UserMistake for a pattern that names no group, tensor or module of the model."""
+    tensors = [name for tensor in groups.axes.trace.tensors.values() for name in tensor.names]
+    names = {*tensors, *(group.name for group in groups)}
+    for pattern in patterns:
+        if not any(matches(name, pattern) for name in names):
+            modules = {name[:place] for name in tensors for place, letter in enumerate(name) if letter == "."}
+            raise UserMistake(f"nothing in the model is called {pattern!r}", fix=nearest(pattern, names | modules))

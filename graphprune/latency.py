@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from graphprune.axes import Axis, Factor, Keep
 from graphprune.device import finished
 from graphprune.propagate import Axes
+from graphprune.ranks import told
 from graphprune.rewrite.graph import resized_call
 
 PARTS = 8
@@ -37,7 +38,7 @@ Signature = tuple[Any, ...]
 
 
 class Latency:
-    """Seconds of one traced forward once factors have the given sizes."""
+    """Seconds of one traced forward once factors have the given sizes; of several ranks, what rank 0 measures."""
 
     def __init__(self, axes: Axes, table: Table | None = None) -> None:
         self.axes = axes
@@ -52,7 +53,7 @@ class Latency:
     def __call__(self, sizes: Mapping[Factor, int]) -> float:
         seconds = sum(self._seconds(signature, sizes, row) for signature, rows in self.alike.items() for row in rows)
         self.table.save()
-        return seconds
+        return told(seconds)
 
     def _seconds(self, signature: Signature, sizes: Mapping[Factor, int], row: tuple[fx.Node, tuple[Factor, ...]]) -> float:
         """One contraction's seconds, interpolated linearly between the measured sizes around each of its factors'."""

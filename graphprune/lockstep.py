@@ -20,13 +20,14 @@ from graphprune.axes import Axis, Keep
 from graphprune.calls import PASSING, given_arguments, operation
 from graphprune.disk import put
 from graphprune.matrices import Contracted, Product, products
+from graphprune.precise import precise
 from graphprune.propagate import Axes
 from graphprune.rewrite.graph import cut, resized_graph
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One batch at one product.
+    """One batch at one product, all in float32 or better.
 
     Its inputs ``now`` and, in the original, ``then`` (positions, inputs); the original's outputs ``wanted`` without bias; where
     the output is added to a ``stream`` of the original, that stream and how far the smaller model's lags behind it: its
@@ -187,8 +188,8 @@ class _Pair:
         product, partner = site.product, self._partner(site.product.node)
         layout = product.layout
         for then, now in zip(self.then.walks, self.now.walks, strict=True):
-            before = layout.vectors(then.fetch(product.operand))[0]
-            after = layout.vectors(now.fetch(self.twin[product.operand]))[0]
+            before = precise(layout.vectors(then.fetch(product.operand))[0])
+            after = precise(layout.vectors(now.fetch(self.twin[product.operand]))[0])
             drift = stream = None
             if partner is not None:
                 stream = _outputs(then.fetch(partner), product)
@@ -196,12 +197,12 @@ class _Pair:
             yield Reading(after, before, before @ site.whole.T, stream, drift)
 
     def _rows(self, product: Product) -> Tensor:
-        """The original's matrix with all its inputs and only the rows that survive."""
+        """The original's matrix with all its inputs and only the rows that survive, in float32 or better."""
         layout, weight = product.layout, self.then.tensors[product.weight]
         inputs = layout.inputs if isinstance(layout, Contracted) else 1
         whole = Axis(())
         axes = tuple(whole if dim == inputs else axis for dim, axis in enumerate(self.axes.tensors[product.weight]))
-        return layout.matrix(cut(weight, axes, self.keep))[0]
+        return precise(layout.matrix(cut(weight, axes, self.keep))[0].detach())
 
     def _bias(self, product: Product) -> str | None:
         """The name of the bias that is added inside the product's own operation."""
@@ -241,6 +242,6 @@ class _Pair:
 
 
 def _outputs(value: Tensor, product: Product) -> Tensor:
-    """An output-shaped value as (positions, rows)."""
+    """An output-shaped value as (positions, rows), in float32 or better."""
     dim = -1 if isinstance(product.layout, Contracted) else 1
-    return value.movedim(dim, -1).flatten(0, -2)
+    return precise(value.movedim(dim, -1).flatten(0, -2))

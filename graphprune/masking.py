@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.abreast import Abreast
-from graphprune.errors import ModelLimit
 from graphprune.execute import Walk
 from graphprune.matrices import Product
 from graphprune.meta import source_line
 from graphprune.pipeline import Pass, Progress
+from graphprune.precise import check_finite
 from graphprune.sparse import Matrix, Moments, Norms, Pattern, Sparse
 from graphprune.trace import Trace
 
@@ -88,8 +88,7 @@ class Masking:
         count = 0
         for walk in walks:
             value = walk.fetch(product.operand)
-            if not bool(value.isfinite().all()):
-                raise ModelLimit("a value in the model is not finite", at=source_line(product.node), fix="load it in float32")
+            check_finite(value, source_line(product.node))
             stops = None if product.stops is None else walk.fetch(product.stops).tolist()
             parts = _parts(product, value, stops)
             count += sum(part.shape[0] for part in parts)

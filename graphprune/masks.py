@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from fnmatch import fnmatchcase
 from math import gcd
 from typing import Any
 
@@ -21,6 +20,7 @@ from graphprune.data import Calibration
 from graphprune.errors import UserMistake
 from graphprune.execute import tensors_of
 from graphprune.exportable import GROUPED
+from graphprune.groups import matches
 from graphprune.inputs import guess_inputs
 from graphprune.masking import Masking, statistics_of
 from graphprune.matrices import Product, ends, products
@@ -130,7 +130,7 @@ def _choose(
     shapes = {tensor.name: tensor.shape for tensor in traced.tensors.values()}
     for product in found:
         width = product.layout.matrix(torch.empty(shapes[product.weight], device="meta")).shape[-1]
-        if any(fnmatchcase(name, p) or name.startswith(f"{p}.") for name in names[product.weight] for p in skip):
+        if any(matches(name, pattern) for name in names[product.weight] for pattern in skip):
             dense[product.weight] = "skipped"
         elif pattern.of is not None and width % pattern.of:
             dense[product.weight] = f"{width} inputs are no multiple of {pattern.of}"

@@ -13,7 +13,7 @@ from graphprune.experts import STACKED
 from graphprune.exportable import GROUPED, experts_run
 from graphprune.facts import Emission, Notes
 from graphprune.fitting import Fitting
-from graphprune.groups import Groups
+from graphprune.groups import Groups, check_named
 
 ALIGNED = 16
 """Bytes that the rows of experts' matrices are multiples of in a grouped product."""
@@ -22,6 +22,7 @@ ALIGNED = 16
 def narrow(model: nn.Module, groups: Groups, budget: Budget, emission: Emission, notes: Notes) -> Groups:
     """Only the groups the budget ranges over; by default none that would cost the stock config, or that no module computes."""
     kinds = allowed_kinds(groups, budget.kinds)
+    check_named(groups, budget.protect)
     if emission.emit == "module" and budget.kinds is None:
         groups = _without_recomputed(groups, notes)
         kinds = tuple(kind for kind in kinds if kind in groups.kinds)

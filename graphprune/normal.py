@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from graphprune.precise import check_finite
+
 BLOCK = 256
 """Rows or columns taken at a time: enough that nearly all of the work is large products."""
 
@@ -90,9 +92,11 @@ def _mirrored(matrix: Tensor) -> Tensor:
 def factored(gram: Tensor, damping: float) -> Iterator[Tensor]:
     """``gram`` (inputs, inputs), whose lower triangle is meanwhile the factor L of gram + λ·diag(gram) = L·Lᵀ.
 
-    λ, at first ``damping``, grows tenfold until there is one; an input that is always zero counts as one of size one.
+    λ, at first ``damping``, grows tenfold until there is one; an input that is always zero counts as one of size one. Raises
+    ModelLimit where the matrix is not finite.
     """
     diagonal = gram.diagonal().clone()
+    check_finite(diagonal)
     try:
         while not _factor(gram, diagonal + damping * diagonal.where(diagonal > 0, 1)):
             _restore(gram, diagonal)

@@ -10,16 +10,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from graphprune.compiler import Result
-from graphprune.device import beside, where
+from graphprune.device import beside, drawing, where
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.exportable import exportable
 from graphprune.facts import Example
-from graphprune.rewrite.checkpoint import PLAN, complete_or_nothing, load, save_plain, save_transformers
+from graphprune.ranks import leads
+from graphprune.rewrite.checkpoint import PLAN, load, save_plain, save_transformers
+from graphprune.rewrite.folder import complete_or_nothing
 from graphprune.rewrite.graph import PrunedGraph
 from graphprune.rewrite.record import make_record
 from graphprune.source import Source, quiet
 from graphprune.trace import as_call, open_sizes
-from graphprune.verify import Reference, close, leaves, same_draws
+from graphprune.verify import SEED, Reference, close, leaves
 
 PROGRAM = "model.pt2"
 
@@ -29,6 +31,8 @@ def save(result: Result, out: str | Path, source: Source | None = None) -> Path:
 
     Raises UserMistake when ``out`` is not empty, ModelLimit when what loads does not compute the same; nothing is written then.
     """
+    if not leads():
+        return Path(out)
     with complete_or_nothing(out) as folder, quiet():
         _write(result, folder)
         result.plan.save(folder / PLAN)
@@ -43,6 +47,8 @@ def save_model(model: nn.Module, out: str | Path, source: Source) -> Path:
     """Write a transformers model of unchanged shape (made sparse, trained further) with its tokenizer; complete or not at all."""
     if not isinstance(model, PreTrainedModel):
         raise UserMistake(f"{type(model).__name__} is no transformers model", fix="save its state_dict from Python")
+    if not leads():
+        return Path(out)
     with complete_or_nothing(out) as folder, quiet():
         save_transformers(model, folder)
         _copy_tokenizer(source, folder)
@@ -87,7 +93,7 @@ def _check_reload(result: Result, folder: Path) -> None:
     if not isinstance(result.model, PreTrainedModel):
         return
     args, kwargs = beside(as_call(result.facts[Example].inputs), where(result.model))
-    with torch.no_grad(), exportable(result.model, experts=None), same_draws():
+    with torch.no_grad(), exportable(result.model, experts=None), drawing(SEED, where(result.model)):
         expected = leaves(result.model(*args, **kwargs))
     loaded: Any = load(folder).to(where(result.model), result.model.dtype).eval()
     if not close(loaded, result.facts[Example].inputs, Reference(lambda: expected)):

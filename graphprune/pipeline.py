@@ -7,7 +7,6 @@ replaces, keyword-only parameters are its options.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +18,10 @@ from typing import Any, get_args, get_type_hints
 from graphprune.data import Calibration
 from graphprune.disk import hand_back
 from graphprune.errors import UserMistake, nearest
+from graphprune.factory import import_file
 
 LIBRARY = "graphprune.passes"
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 Facts = dict[type, Any]
 Progress = Callable[[str], None]
 
@@ -41,8 +42,7 @@ class Pass:
     def needs(self) -> dict[str, type]:
         """The facts the pass takes, by parameter."""
         hints = get_type_hints(self.function)
-        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        return {name: hints[name] for name, p in inspect.signature(self.function).parameters.items() if p.kind in kinds}
+        return {name: hints[name] for name, p in inspect.signature(self.function).parameters.items() if p.kind in POSITIONAL}
 
     @property
     def makes(self) -> type:
@@ -101,7 +101,7 @@ def find_pass(spec: str | Callable[..., Any] | Pass, **options: Any) -> Pass:
     Raises UserMistake with the nearest names, or the options there are.
     """
     if isinstance(spec, Pass):
-        return spec
+        return _bound(spec.function, {**spec.options, **options})
     if callable(spec):
         return _bound(spec, options)
     name, _, rest = spec.partition(".py") if ".py" in spec else spec.partition(":")
@@ -128,12 +128,7 @@ def _from_library(name: str) -> Callable[..., Any]:
 
 
 def _from_file(path: Path, function: str) -> Callable[..., Any]:
-    if not path.is_file():
-        raise UserMistake(f"there is no pass file {path}")
-    described = importlib.util.spec_from_file_location(path.stem, path)
-    assert described is not None and described.loader is not None
-    module = importlib.util.module_from_spec(described)
-    described.loader.exec_module(module)
+    module = import_file(path)
     if not callable(getattr(module, function, None)):
         raise UserMistake(f"{path} has no function {function!r}", fix=nearest(function, [n for n in vars(module) if n[0] != "_"]))
     found: Callable[..., Any] = getattr(module, function)
@@ -141,12 +136,24 @@ def _from_file(path: Path, function: str) -> Callable[..., Any]:
 
 
 def _bound(function: Callable[..., Any], options: Mapping[str, Any]) -> Pass:
-    hints = get_type_hints(function)
-    known = {name for name, p in inspect.signature(function).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    hints, own = _hints(function), function.__name__
+    parameters = inspect.signature(function).parameters.items()
+    known = {option for option, p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    untold = [need for need, p in parameters if p.kind in POSITIONAL and need not in hints]
+    if "return" not in hints or untold:
+        why = f"it does not say of what type {untold[0]} is" if untold else "it does not say what it makes"
+        raise UserMistake(f"{own} is no pass", why=why, fix="annotate it: def mine(model: nn.Module, groups: Groups) -> Scores")
     for name in options:
         if name not in known:
-            raise UserMistake(f"{function.__name__} has no option {name!r}", fix=nearest(name, known))
+            raise UserMistake(f"{own} has no option {name!r}", fix=nearest(name, known))
     return Pass(function, {name: _converted(value, hints.get(name, str), name) for name, value in options.items()})
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return get_type_hints(function)
+    except NameError as error:
+        raise UserMistake(f"{function.__name__} names an unknown type", why=str(error), fix="import it in the same file") from error
 
 
 def _converted(value: Any, wanted: Any, name: str) -> Any:

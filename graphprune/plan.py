@@ -45,6 +45,13 @@ class Plan:
         """The surviving units by factor, on the groups of the model the plan is applied to. Raises UserMistake on a stranger."""
         self.check(groups)
         found = {group.name: group for group in groups}
+        for cut in self.cuts:
+            group = found.get(cut.group)
+            if group is None or group.size != cut.size:
+                what = "there is no such group" if group is None else f"it has {group.size} units, {cut.size} in the plan"
+                raise UserMistake(f"the plan does not fit {cut.group}", why=what, fix="apply it to the model it was made for")
+            if not cut.kept or list(cut.kept) != sorted(set(cut.kept)) or not 0 <= cut.kept[0] <= cut.kept[-1] < cut.size:
+                raise UserMistake(f"the plan keeps no units 0 to {cut.size - 1} of {cut.group} in order", why=_ranges(cut.kept))
         return {found[cut.group].factor: cut.kept for cut in self.cuts}
 
     def check(self, groups: Groups) -> None:

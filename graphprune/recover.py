@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from transformers.pytorch_utils import Conv1D
 
+from graphprune.device import drawing, where
 from graphprune.divergence import divergence
 from graphprune.errors import UserMistake, nearest
 from graphprune.examples import IGNORED, Data, Example, batches, collate, read_examples
@@ -63,8 +64,10 @@ class Recipe:
             raise UserMistake(f"method cannot be {self.method!r}", fix=nearest(self.method, ("lora", "full")))
         if self.epochs is None and self.steps is None and self.minutes is None:
             raise UserMistake("the training would never end", fix="give epochs, steps or minutes")
-        if min(self.batch, self.micro, self.length - 1) < 1 or not 0 <= self.distill <= 1:
-            raise UserMistake(f"no such training: {self}", fix="batch and micro ≥ 1, length ≥ 2, 0 ≤ distill ≤ 1")
+        ends = [limit for limit in (self.epochs, self.steps, self.minutes) if limit is not None]
+        if min(self.batch, self.micro, self.length - 1) < 1 or not 0 <= self.distill <= 1 or min(ends) <= 0:
+            fix = "batch and micro ≥ 1, length ≥ 2, 0 ≤ distill ≤ 1; epochs, steps and minutes above 0"
+            raise UserMistake(f"no such training: {self}", fix=fix)
 
 
 PRESETS: Mapping[str, Recipe] = {
@@ -99,8 +102,7 @@ def recover(
     if teacher is not None and recipe.written:
         own = written(teacher, getattr(teacher, "config", None), recipe.written, recipe.length, recipe.seed)
         pools.append([Example(row, row) for row in own])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+    with drawing(recipe.seed, where(model)):
         student, parameters = _trainable(deepcopy(model), recipe)
         _train(student, parameters, teacher, pools, recipe, begun, progress)
     return _plain(student, model)

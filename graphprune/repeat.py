@@ -21,6 +21,9 @@ from torch.utils import _pytree as pytree
 
 from graphprune.twins import Block, Place, find_twins, is_plain, same
 
+AUTOCAST = ("cpu", "cuda")
+"""Devices for which autocast may be on or off."""
+
 _library: Any = torch.library.Library("graphprune", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("enter(Tensor[] inputs, int call) -> ()")
 _library.define("leave(Tensor[] inputs, Tensor[] outputs, int call) -> ()")
@@ -86,7 +89,7 @@ class Repeats:
             inputs, tensors = _described((args, kwargs))
             if block is None or self.inside or inputs is None or block.is_hooked():
                 return forward(module, *args, **kwargs)
-            key = family, torch.is_grad_enabled(), torch.is_autocast_enabled()
+            key = family, torch.is_grad_enabled(), *map(torch.is_autocast_enabled, AUTOCAST)
             known = next((call for call in self.calls[key] if call.repeats(block, inputs)), None)
             if known is not None:
                 return self._replay(known, block, tensors)

@@ -18,6 +18,7 @@ from graphprune.axes import Axis, Factor, Place
 from graphprune.disk import OnDisk, rows, threads
 from graphprune.errors import UserMistake, nearest
 from graphprune.groups import Group, Groups
+from graphprune.precise import precise
 from graphprune.ranks import completed, own
 
 Criterion = Callable[[str], Tensor | None]
@@ -78,7 +79,7 @@ def _sums(tensors: Sequence[Tensor], dims: Sequence[int], each: Each) -> dict[in
     step = max(1, BLOCK * len(first) // max(1, first.nbytes))
     for start in range(0, len(first), step):
         block = each(*(rows(tensor, start, start + step) for tensor in tensors))
-        block = block.to(torch.promote_types(block.dtype, torch.float32))
+        block = precise(block)
         for dim, total in totals.items():
             others = [other for other in range(first.ndim) if other != dim]
             (total[start : start + step] if dim == 0 else total).add_(block.sum(others) if others else block)

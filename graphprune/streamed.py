@@ -16,7 +16,7 @@ from graphprune.budget import Budget
 from graphprune.collecting import settled
 from graphprune.compiler import seeded, traced, with_extras
 from graphprune.data import Calibration
-from graphprune.device import beside
+from graphprune.device import beside, drawing
 from graphprune.disk import Checkpoint, OnDisk, given_back
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.facts import Emission, Example, Notes, Pruned
@@ -96,25 +96,29 @@ def compile_streamed(
     ``plan`` applies a plan made before. The result is a stock checkpoint: layers shrink alike, and the config that describes them
     is checked to give the very graph the cut demands. Raises ModelLimit when there is none; nothing is written then.
     """
-    source = open_source(checkpoint, weights=False)
+    source, there = open_source(checkpoint, weights=False), torch.device(device)
     if source.path is None or not source.path.is_dir() or not isinstance(source.model, PreTrainedModel):
         raise UserMistake(f"{checkpoint} is no checkpoint directory", fix="give the directory that save_pretrained wrote")
     check_described(source.model.config)
     inputs = source.example_inputs() if calibration is None else _weightless(calibration.inputs[0])
     budget = Budget(keep, keep_of, scope, kinds, tuple(protect), round_to, minimum, True, dict(target or {}))
     notes: list[str] = []
-    torch.manual_seed(seed)
     stages = [Pass(stage) for stage in (traced, propagate, couple, narrow, stock_steps, on_disk)]
     stages += [] if plan is not None else [find_pass(method, **seeded(method, options or {}, seed)), Pass(select)]
     stages = with_extras([*stages, Pass(write)], [find_pass(extra) for extra in passes])
     given = {nn.Module: source.model, Example: Example(inputs), Emission: Emission(), Notes: Notes(notes), Budget: budget}
     given |= {} if plan is None else {Plan: plan}
     if calibration is not None:
-        batches = tuple(beside(dict(batch), torch.device(device)) for batch in calibration.inputs)
+        batches = tuple(beside(dict(batch), there) for batch in calibration.inputs)
         given[Calibration] = replace(calibration, inputs=batches)
-    with shared(out) as folder, given_back(BLOCKS if calibration is None else VALUES), settled():
+    with (
+        shared(out) as folder,
+        given_back(BLOCKS if calibration is None else VALUES),
+        settled(),
+        drawing(seed, there),
+    ):
         files = Checkpoint(source.path)
-        facts = run(stages, {**given, Files: Files(files, layout(source.model, files), folder, torch.device(device))}, progress)
+        facts = run(stages, {**given, Files: Files(files, layout(source.model, files), folder, there)}, progress)
         pruned: Pruned = facts[Pruned]
         if pruned.config is None:
             raise ModelLimit("the pruned model cannot be streamed", why=pruned.obstacle, fix="compile it in memory")

@@ -8,7 +8,6 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from io import StringIO
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from graphprune.composed import write_out_composed
 from graphprune.device import CPU, beside, where
 from graphprune.errors import ModelLimit, UserMistake, first_line
 from graphprune.exportable import BATCHED, exportable
-from graphprune.frames import short_stacks
+from graphprune.frames import is_own, short_stacks
 from graphprune.inline import inline
 from graphprune.known import Known, agrees, casts_that_do_nothing, without_checks
 from graphprune.memory import lent
@@ -244,8 +243,7 @@ def open_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _export_failure(model: nn.Module, error: Exception) -> ModelLimit:
     """What, where in the model's own source, why."""
-    torch_home = str(Path(torch.__file__).parent)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((torch_home, __file__))]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_own(f.filename) and f.filename != __file__]
     where = f"{frames[-1].filename}:{frames[-1].lineno}   {frames[-1].line}" if frames else None
     return ModelLimit(f"{type(model).__name__} cannot be exported", at=where, why=f"{type(error).__name__}: {first_line(error)}")
 

@@ -7,8 +7,7 @@ precision. Where a norm spans the removed units there is no such original; then 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from graphprune.axes import Axis, Keep
-from graphprune.device import beside, where
+from graphprune.device import CPU, beside, drawing, where
 from graphprune.disk import given_back
 from graphprune.errors import ModelLimit, RuleBug
 from graphprune.execute import Edit, execute, is_drawn
@@ -43,6 +42,9 @@ PROMPT = 3
 
 LARGE = 1 / 16
 """What takes more than this part of a model, and no less than 1 MiB, goes back to the system as soon as it is free."""
+
+SEED = 0
+"""Models that draw at random draw from it each time."""
 
 AT_ONCE = 1 << 20
 """Numbers that are compared at a time."""
@@ -169,14 +171,6 @@ def _random(inputs: Sequence[Any]) -> list[Any]:
     return [other(value) for value in inputs]
 
 
-@contextmanager
-def same_draws() -> Iterator[None]:
-    """Models that draw at random draw the same each time, and the caller's draws go on as if nothing had happened."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
-
-
 @dataclass(frozen=True, slots=True)
 class Reference:
     """What a model is held to: its ``outputs``, and what it gives ``exactly``, in double precision, where that can be had.
@@ -204,10 +198,11 @@ def reference(
 ) -> Reference:
     """What a graph computes; with its ``exact`` outputs at hand, its own are computed if they are ever asked for."""
     run = partial(execute, trace, tensors, inputs, graph=graph)
+    device = next((tensor.device for tensor in tensors.values()), CPU)
 
     @cache
     def outputs() -> Sequence[Tensor]:
-        with same_draws(), torch._C.DisableTorchFunction():
+        with drawing(SEED, device), torch._C.DisableTorchFunction():
             return leaves(run())
 
     if exact is not None:
@@ -228,7 +223,7 @@ def close(emitted: torch.nn.Module, inputs: Inputs, wanted: Reference) -> bool:
 def computes(emitted: torch.nn.Module, inputs: Inputs, wanted: Reference) -> bool:
     """The same, but what the model raises is raised. Experts are run as the model runs them, however they were traced."""
     args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, beside(as_call(inputs), where(emitted)))
-    with exportable(emitted, experts=None), same_draws(), untouched(emitted):
+    with exportable(emitted, experts=None), drawing(SEED, where(emitted)), untouched(emitted):
         return wanted.agrees(leaves(emitted(*args, **kwargs)))
 
 
@@ -267,7 +262,7 @@ def _with_cache(model: torch.nn.Module, inputs: Inputs) -> float:
     ids = beside(ids, where(model))
     prompt, rest = ids[:1, :PROMPT], ids[:1, PROMPT : 2 * PROMPT]
     try:
-        with same_draws():
+        with drawing(SEED, ids.device):
             whole = model(torch.cat([prompt, rest], 1), use_cache=False).logits[:, PROMPT:]
             cache = model(prompt, use_cache=True).past_key_values
             return difference([model(rest, past_key_values=cache, use_cache=True).logits], [whole])

@@ -47,6 +47,7 @@ from graphprune.normal import (
     packed,
     substitute,
 )
+from graphprune.precise import precise
 from graphprune.ranks import dealt, numbered, summed
 
 Moments = tuple[Tensor, Tensor]
@@ -107,14 +108,13 @@ def _repair(
 ) -> None:
     """Replace the site's weight, and its bias, by the fitted one."""
     weight, layout = smaller[site.weight], site.product.layout
-    matrix = layout.matrix(weight)[0].detach()
+    matrix = precise(layout.matrix(weight)[0].detach())
     sums: dict[tuple[str, int], Tensor] = {}
     for place, reading in numbered(readings):
         x = reading.now if given == "now" else reading.then[:, site.kept]
         missing = reading.wanted - x @ matrix.T
         if drift and reading.drift is not None:
             missing = missing + drift * reading.drift
-        x, missing = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (x, missing))
         if site.bias is not None:
             x = torch.cat([x, x.new_ones(len(x), 1)], 1)
         if even and reading.stream is not None:

@@ -51,7 +51,7 @@ def _lost(site: Site, readings: Iterable[Reading]) -> Tensor:
     total = summed({0: torch.stack(sums).sum(0)} if sums else {})[0]
     mean = total[:-1] / total[-1]
     mean[site.kept] = 0
-    return site.whole.detach().double() @ mean
+    return site.whole.double() @ mean
 
 
 def _layer(model: nn.Module, site: Site, add: bool) -> str:

@@ -20,9 +20,9 @@ from torch import Tensor, fx, nn
 
 from graphprune import Calibration, Groups, Scores, see_inputs
 from graphprune.axes import Axis, Factor
-from graphprune.capture import Consumer, fitted, readers
+from graphprune.capture import Consumer, readers
 from graphprune.execute import tensors_of
-from graphprune.ranks import dealt, summed
+from graphprune.ranks import summed
 
 
 def minitron(model: nn.Module, groups: Groups, calibration: Calibration) -> Scores:
@@ -44,8 +44,7 @@ def minitron(model: nn.Module, groups: Groups, calibration: Calibration) -> Scor
 
     axes = groups.axes
     wanted = {reader.weight for found in places.values() for _, reader, _ in found}
-    mine = dealt(fitted(axes.trace, calibration.inputs))
-    see_inputs(axes, tensors_of(model, axes.trace), mine, see, wanted=wanted)
+    see_inputs(axes, tensors_of(model, axes.trace), calibration.inputs, see, wanted=wanted)
     found = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
     for (name, _), total in summed(totals).items():
         found[name] = found[name].to(total) + total.sqrt()

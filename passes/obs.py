@@ -35,6 +35,7 @@ from graphprune.execute import tensors_of
 from graphprune.gradients import see_output_gradients
 from graphprune.matrices import Contracted, Product, products
 from graphprune.pipeline import find_pass, run
+from graphprune.precise import check_finite, precise
 
 PRODUCTS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Modules whose output is their product: what the loss thinks of it is seen there. Other products go without ``gradients``."""
@@ -163,7 +164,7 @@ def _grams(model: nn.Module, groups: Groups, calibration: Calibration, wanted: s
     def look(node: fx.Node, operand: fx.Node, value: Tensor) -> Tensor:
         product = spots.get((node, operand))
         if product is not None:
-            x = product.layout.vectors(value)[0]
+            x = precise(product.layout.vectors(value)[0])
             gram = (x.T @ x).double()
             grams[product] = grams[product].add_(gram) if product in grams else gram
             count[product] += len(x)
@@ -205,6 +206,7 @@ def _roots(
     see_output_gradients(model, batches, see, modules=list(owner))
     roots = {}
     for module, total in sums.items():
+        check_finite(total.diagonal(), module)
         values, vectors = torch.linalg.eigh(total / count[module])
         roots[owner[module]] = (vectors * values.clamp_min(0).sqrt()).T
     return roots
@@ -212,6 +214,7 @@ def _roots(
 
 def _surgeon(product: Product, unit: Tensor, weight: Tensor, gram: Tensor, root: Tensor | None, damping: float) -> Surgeon:
     matrix = product.layout.matrix(weight.detach())[0].double()
+    check_finite(gram.diagonal(), product.weight)
     scale = gram.diagonal().where(gram.diagonal() > 0, 1)
     inverse = torch.linalg.inv(gram + torch.diag(damping * scale))
     return Surgeon(matrix if root is None else root @ matrix, inverse, unit.to(weight.device), len(set(unit.tolist())) < len(unit))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from graphprune import Matrix, Moments, Pattern, Sparse, lowest
+from graphprune.precise import check_finite
 
 
 def sparsegpt(matrix: Matrix, moments: Moments, pattern: Pattern, *, block: int = 128, damping: float = 0.01) -> Sparse:
@@ -53,6 +54,7 @@ def _clear_block(weight: Tensor, factor: Tensor, pattern: Pattern) -> Tensor:
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor of the damped inverse; the damping grows until there is one."""
+    check_finite(hessian.diagonal())
     eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device) * hessian.diagonal().abs().mean()
     while True:
         lower, failed = torch.linalg.cholesky_ex(hessian + damping * eye)

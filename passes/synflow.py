@@ -41,7 +41,8 @@ def synflow(model: nn.Module, groups: Groups, budget: Budget, *, rounds: int = 1
         saliency = _flow(groups, weights, buffers)
         scores = score(groups, groups.axes.tensors, saliency.get, method=f"synflow {rounds} {aggregate}", how=aggregate)
         if k < rounds:
-            plan = select(groups, scores, replace(budget, keep=budget.keep ** (k / rounds)))
+            target = {name: share ** (k / rounds) for name, share in budget.target.items()}
+            plan = select(groups, scores, replace(budget, keep=budget.keep ** (k / rounds), target=target))
             _zero(groups, weights, plan, fallen, float(k - rounds))
     return Scores({name: fallen[name].where(fallen[name] < 0, units) for name, units in scores.units.items()}, scores.method)
 

@@ -24,7 +24,7 @@ from graphprune.disk import Checkpoint, OnDisk, put
 from graphprune.errors import GraphpruneError
 from graphprune.parts import Assembled, layout
 from graphprune.rewrite import stream
-from graphprune.rewrite.stream import streamed
+from graphprune.rewrite.folder import complete_or_nothing
 from graphprune.streamed import compile_streamed
 from tests.models import VOCABULARY, sharpened
 from tests.zoo.entries import build
@@ -81,10 +81,10 @@ def test_nothing_is_left_of_a_run_that_fails_and_a_dead_one_is_cleared_away(tmp_
     dead = tmp_path / ".out.12345678.part"
     dead.mkdir()
     (dead / ".writing").write_text("")
-    with pytest.raises(ZeroDivisionError), streamed(tmp_path / "out") as folder:
+    with pytest.raises(ZeroDivisionError), complete_or_nothing(tmp_path / "out") as folder:
         assert not dead.exists()
         assert len(list(tmp_path.glob(".out.*.part"))) == 1
-        with pytest.raises(ZeroDivisionError), streamed(tmp_path / "out"):
+        with pytest.raises(ZeroDivisionError), complete_or_nothing(tmp_path / "out"):
             assert folder.exists()
             raise ZeroDivisionError
         raise ZeroDivisionError
@@ -98,11 +98,12 @@ def test_a_run_is_alive_until_its_output_has_its_name(tmp_path: Path, monkeypatc
     rename = Path.replace
 
     def slowly(part: Path, name: Path) -> Path:
-        stream._remove_if_dead(part)  # what another run does that begins now
+        with pytest.raises(ZeroDivisionError), complete_or_nothing(name):  # another run begins now
+            raise ZeroDivisionError
         return rename(part, name)
 
     monkeypatch.setattr(Path, "replace", slowly)
-    with streamed(tmp_path / "out") as folder:
+    with complete_or_nothing(tmp_path / "out") as folder:
         (folder / "weights").write_text("all of them")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["weights"]
 

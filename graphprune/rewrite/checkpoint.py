@@ -8,51 +8,23 @@ from __future__ import annotations
 
 import importlib
 import json
-import shutil
+import sys
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, contiguous_format, get_default_device, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from graphprune.errors import ModelLimit, UserMistake, first_line
+from graphprune.errors import UserMistake, first_line
 from graphprune.rewrite import reshaped
 from graphprune.rewrite.record import RECORD, Record, read_model, record_of
 
 PLAN = "graphprune_plan.json"
 MODELLING = "modeling_pruned"
 WEIGHTS = "model.safetensors"
-
-
-def check_free(out: str | Path) -> Path:
-    """``out`` as a path that may be written. Raises UserMistake where something is there already."""
-    path = Path(out)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserMistake(f"{path} exists and is not empty", fix="choose another directory, or remove it")
-    return path
-
-
-@contextmanager
-def complete_or_nothing(out: str | Path) -> Iterator[Path]:
-    """A directory to fill. It takes the name ``out`` when the block ends well and vanishes when it does not."""
-    path = check_free(out)
-    part = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
-    try:
-        part.mkdir(parents=True)
-        yield part
-        if path.is_dir():
-            path.rmdir()
-        part.replace(path)
-    except OSError as error:
-        raise ModelLimit(f"{path} could not be written", why=error.strerror or str(error), fix="nothing was left behind") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 # ── saving ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -148,9 +120,11 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise UserMistake(f"there is no checkpoint at {path}")
     try:
         name, record = _described(path)
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
         raise UserMistake(f"{path} is not a checkpoint", why=first_line(error)) from error
     cls = _class(name)
+    if cls is None and record is None:
+        raise UserMistake(f"{path} is of an unknown class", why=f"there is no {name} in transformers {transformers.__version__}")
     if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False) if record else None
         loaded: nn.Module = read_model(cls, path, config)
@@ -186,8 +160,10 @@ def _load_plain(path: Path, record: dict[str, Any], model: nn.Module | None) -> 
 
 
 def _class(dotted: str) -> Any:
+    """The class of that name in transformers, or in a module that is imported already: a file does not say what to import."""
     module, _, name = dotted.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
+        known = importlib.import_module(module) if module.partition(".")[0] == "transformers" else sys.modules[module]
+        return getattr(known, name)
+    except (ImportError, AttributeError, KeyError):
         return None

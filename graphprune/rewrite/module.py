@@ -195,4 +195,4 @@ def _first_cut(axes: Axes, keep: Keep) -> str:
     for node, value in axes.nodes.items():
         if node.op == "call_function" and any(isinstance(a, Axis) and a.shrinks(keep) for a in value or ()):
             return source_line(node)
-    return type(axes.trace).__name__
+    return axes.trace.name

@@ -6,14 +6,13 @@ the rest no more than a block of one tensor is in memory at a time.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EINVAL, ENODEV, ENOSYS, EOPNOTSUPP, EPERM, EXDEV
 from io import FileIO
@@ -25,8 +24,8 @@ import torch
 
 from graphprune.disk import INDEX, NAMES, Checkpoint, Entry, cut_short, write_all
 from graphprune.ranks import leads, told, wait
-from graphprune.rewrite.checkpoint import complete_or_nothing
 from graphprune.rewrite.files import Cut
+from graphprune.rewrite.folder import complete_or_nothing
 from graphprune.runs import Positions, runs
 
 BLOCK = 1 << 20
@@ -44,49 +43,20 @@ AT_ONCE = 2
 WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Whole numbers by their size in bytes."""
 
-REPLACED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+REPLACED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 """Files that are not copied: weights in any form, and their index."""
 
 
 @contextmanager
 def shared(out: str | Path) -> Iterator[Path]:
-    """``streamed`` where several ranks fill one directory: rank 0 makes it and gives it its name when all are done."""
+    """``complete_or_nothing`` where several ranks fill one directory: rank 0 makes it and gives it its name when all are done."""
     if not leads():
         yield told(Path(out))
         wait()
         return
-    with streamed(out) as folder:
+    with complete_or_nothing(out) as folder:
         yield told(folder)
         wait()
-
-
-@contextmanager
-def streamed(out: str | Path) -> Iterator[Path]:
-    """A directory to fill that appears under the name ``out`` complete or not at all; what a killed run left is removed."""
-    path = Path(out)
-    for left in path.parent.glob(f".{path.name}.*.part"):
-        _remove_if_dead(left)
-    with ExitStack() as held, complete_or_nothing(path) as folder:
-        with suppress(OSError):  # where directories cannot be locked, none is taken for dead either
-            held.enter_context(_locked(folder))
-        yield folder
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """A directory's lock: it stays with it under another name and ends with its process. OSError where it is not to be had."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _remove_if_dead(left: Path) -> None:
-    """The lock of a process that lives is held."""
-    with suppress(OSError), _locked(left):
-        shutil.rmtree(left, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)
