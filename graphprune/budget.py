@@ -15,6 +15,9 @@ WIDE = {4096: 64, 512: 16}
 PIECES = ("layer", "branch")
 """Kinds whose units are whole pieces."""
 
+COUNTED = ("head", "query", "expert")
+"""Kinds whose units are parts of a model that are counted, not the places of a width."""
+
 ALIASES = {"attention": ("head",), "heads": ("head",), "width": ("hidden",), "all": KINDS}
 
 
@@ -66,8 +69,13 @@ class Budget:
     def multiple(self, group: Group) -> int:
         """What kept sizes of a group are multiples of."""
         if isinstance(self.round_to, int) or group.kind in (self.round_to or {}) or group.kind != "ffn":
-            return for_kind(self.round_to, group.kind)
+            return self.asked(group.kind, group.size)
         return next((multiple for least, multiple in WIDE.items() if group.size >= least), 1)
+
+    def asked(self, kind: str, size: int) -> int:
+        """What kept sizes of a kind are to be multiples of by ``round_to`` alone, of so many units."""
+        named = for_kind(self.round_to, kind)
+        return 1 if isinstance(self.round_to, int) and kind in COUNTED and named >= size else named
 
     def as_asked(self, kinds: Iterable[str]) -> Budget:
         """The same for these kinds with no rounding but what was asked for."""

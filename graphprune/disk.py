@@ -199,7 +199,10 @@ def _tell(function: str, *arguments: int) -> None:
 
 def _shards(folder: Path) -> list[str]:
     if (folder / INDEX).is_file():
-        return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        try:
+            return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserMistake(f"half a checkpoint: {INDEX} cannot be read", at=str(folder), why=str(error)) from error
     if (folder / WEIGHTS).is_file():
         return [WEIGHTS]
     raise UserMistake(f"no safetensors in {folder}", fix="save_pretrained it as safetensors")

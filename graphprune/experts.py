@@ -40,7 +40,7 @@ class Gathered:
     def _each(self, rows: Tensor, product: Any) -> Tensor:
         places, parts = [], []
         for number in torch.unique(self.numbers).tolist():
-            first = number % len(self.stack)
+            first = range(len(self.stack))[number]
             matrix = self.stack[first : first + 1][0]
             places.append((self.numbers == number).nonzero().flatten())
             parts.append(product(rows[places[-1]], matrix.to(self.dtype or matrix.dtype)))

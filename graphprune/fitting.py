@@ -10,7 +10,7 @@ from math import gcd
 from transformers import PreTrainedModel
 
 from graphprune.axes import Keep
-from graphprune.budget import Budget, for_kind
+from graphprune.budget import Budget
 from graphprune.errors import ModelLimit
 from graphprune.groups import Group, Groups
 from graphprune.levers import alike
@@ -115,7 +115,8 @@ class Fitting:
         """
         own = [group for group in self.groups if group.kind == kind]
         free = [group for group in own if not group.touches(self.budget.protect)]
-        asked, size = for_kind(self.budget.round_to, kind), gcd(*(group.size for group in own))
+        size = gcd(*(group.size for group in own))
+        asked = self.budget.asked(kind, min(group.size for group in own))
         steps = [asked, *(step for step in range(2, size) if size % step == 0 and step % asked == 0)][:TRIED_STEPS]
         sizes = {group.size for group in free}
         divisors = [base for base in sorted(sizes) if any(other % base == 0 for other in sizes - {base})]

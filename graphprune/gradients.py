@@ -118,6 +118,7 @@ def _checkpointed(model: nn.Module) -> Iterator[None]:
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
     config = getattr(model, "config", None)
     cached = getattr(config, "use_cache", None)
+    before = [vars(layer).get("forward") for layer in layers]
     try:
         for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -125,8 +126,11 @@ def _checkpointed(model: nn.Module) -> Iterator[None]:
             config.use_cache = False
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for layer, own in zip(layers, before, strict=True):
+            if own is None:
+                del layer.forward
+            else:
+                layer.forward = own
         if config is not None and cached:
             config.use_cache = cached
 

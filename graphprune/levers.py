@@ -19,9 +19,6 @@ from graphprune.groups import Group
 from graphprune.patterns import unnumbered
 from graphprune.score import Scores
 
-COUNTED = ("head", "query", "expert")
-"""Kinds whose units are parts of a model that are counted, not the places of a width."""
-
 
 @dataclass(frozen=True)
 class Lever:
@@ -110,7 +107,6 @@ def _lever(groups: tuple[Group, ...], scores: Scores, budget: Budget) -> Lever:
     values = torch.stack([values.reshape(size, -1).sum(1) for values, _ in sorts]).sum(0)
     multiples = [budget.multiple(group) for group in groups]
     step = lcm(*(multiple // gcd(multiple, count) for multiple, count in zip(multiples, times, strict=True)))
-    counted = isinstance(budget.round_to, int) and any(group.kind in COUNTED for group in groups)
     least = [max(1, for_kind(budget.minimum, group.kind), group.least) for group in groups]
     floor = max(-(-bound // count) for bound, count in zip(least, times, strict=True))
-    return Lever(groups, tuple(order for _, order in sorts), values, 1 if step >= size and counted else step, floor)
+    return Lever(groups, tuple(order for _, order in sorts), values, step, floor)

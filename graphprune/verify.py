@@ -24,6 +24,7 @@ from graphprune.execute import Edit, execute, is_drawn
 from graphprune.exportable import exportable
 from graphprune.groups import Groups
 from graphprune.memory import untouched
+from graphprune.precise import check_finite
 from graphprune.propagate import Axes
 from graphprune.rewrite.graph import Smaller, smaller
 from graphprune.trace import Inputs, Trace, as_call
@@ -117,6 +118,8 @@ def checked(
         example = _random(inputs)
         worst = max(worst, _gap(groups.axes, tensors, example, exact, cut if whole else None)[0])
     if worst > TOLERANCE:
+        for tensor in masked_outputs(groups.axes, tensors, example, {}) if worst == float("inf") else ():
+            check_finite(tensor)
         raise RuleBug(
             f"the smaller model does not compute what the masked original does (difference {worst:.1e})",
             at=_culprit(groups, tensors, example, exact),
@@ -277,18 +280,24 @@ def leaves(outputs: Any) -> list[Tensor]:
 
 
 def difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """The largest difference relative to the largest value; infinite where shapes differ or values are not finite."""
+    """The largest difference relative to the largest value; infinite where shapes differ or values are no numbers."""
     if len(one) != len(other) or any(a.shape != b.shape for a, b in zip(one, other, strict=False)):
         return float("inf")
     return max((_relative_gap(a, b) for a, b in zip(one, other, strict=True) if a.numel()), default=0.0)
 
 
 def _relative_gap(one: Tensor, other: Tensor) -> float:
-    """In double precision, some numbers at a time: logits of a batch of text are larger than many a model."""
+    """In double precision, some numbers at a time: logits of a batch of text are larger than many a model. The same infinity on
+    both sides is no gap."""
     gap = scale = 0.0
     for a, b in zip(*(torch.split(t.flatten(), AT_ONCE) for t in (one, other)), strict=True):
-        apart, size = (a.double() - b.double()).abs().max().item(), b.double().abs().max().item()
+        a, b = a.double(), b.double()
+        apart, size = _largest((a - b).masked_fill_(a == b, 0)), _largest(b.masked_fill(b.isinf(), 0))
         if not apart < float("inf") or not size < float("inf"):
             return float("inf")
         gap, scale = max(gap, apart), max(scale, size)
     return gap / (scale or 1.0)
+
+
+def _largest(values: Tensor) -> float:
+    return values.abs().max().item()

@@ -363,3 +363,29 @@ def given(batches: list[dict[str, Tensor]]) -> graphprune.Calibration:
 def test_llama_of_two_layers_keeps_one() -> None:
     result = graphprune.compile(llama(), kinds=["layer"], keep=0.5)
     assert result.model.config.num_hidden_layers == 1
+
+
+class Blocks(nn.Sequential):
+    """A model that is its own stack, with a parameter and a table of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(*(Block(place) for place in range(4)))
+        self.scale = nn.Parameter(torch.ones(8))
+        self.register_buffer("shift", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale + self.shift
+
+
+@pytest.mark.parametrize("build", [Blocks, lambda: nn.Sequential(*(Block(place) for place in range(4)))])
+def test_a_model_that_is_its_own_stack_loses_layers_and_shares_nothing_with_what_is_left(build: Any) -> None:
+    dense, x = sharpened(build()), torch.randn(3, 8)
+    result = graphprune.compile(dense, x, kinds=["layer"], keep=0.5, method="magnitude")
+    (cut,) = result.plan.cuts
+    expected = x
+    for place in cut.kept:
+        expected = dense[place](expected)
+    expected = expected * getattr(dense, "scale", 1) + getattr(dense, "shift", 0)
+    torch.testing.assert_close(result.model(x), expected)
+    mine, theirs = (set(map(id, (*model.parameters(), *model.buffers()))) for model in (dense, result.model))
+    assert mine.isdisjoint(theirs)

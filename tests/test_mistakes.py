@@ -1,0 +1,178 @@
+"""What a person may get wrong is told, with what to do, before anything runs; what was meant is not lost on the way."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import graphprune
+from graphprune import Budget, Scores, compile, couple, disk, propagate, trace
+from graphprune.errors import UserMistake
+from graphprune.examples import read_examples
+from graphprune.pipeline import find_pass
+from graphprune.plan import load_plan
+from graphprune.recover import Recipe
+from graphprune.rewrite import stream
+from graphprune.rewrite.folder import complete_or_nothing
+from graphprune.rewrite.record import RECORD
+from tests.models import llama, tokens
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 48), nn.ReLU(), nn.Linear(48, 3))
+
+
+X = torch.randn(5, 6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"round_to": 0}, "round_to cannot be 0"),
+        ({"round_to": {"fnn": 16}}, "did you mean ffn"),
+        ({"minimum": -3}, "minimum cannot be -3"),
+        ({"minimum": {"ffn": 0}}, "minimum cannot be 0"),
+        ({"protect": ["2.weigth"]}, "did you mean 2.weight"),
+    ],
+)
+def test_a_budget_that_says_nothing_is_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserMistake, match=said):
+        compile(net(), X, keep=0.5, **settings)
+
+
+def test_a_width_without_a_smaller_multiple_is_left_alone_and_fewer_heads_than_it_are_not() -> None:
+    with pytest.raises(graphprune.errors.ModelLimit, match="out of reach"):
+        compile(net(), X, keep=0.8, round_to=64)
+    cuts = compile(llama(), keep=0.7, round_to=64).plan.cuts
+    assert {len(cut.kept) for cut in cuts if cut.kind == "ffn"} == {64}
+    assert {len(cut.kept) for cut in cuts if cut.kind == "head"} < {1, 2}
+
+
+def test_a_bound_pass_takes_further_options_and_the_seed() -> None:
+    bound = find_pass("magnitude", aggregate="max")
+    assert compile(net(), X, keep=0.5, method=bound, options={"p": 1}).plan.method == "magnitude p=1 max"
+    by_name, by_pass = (compile(net(), X, keep=0.5, method=method, seed=3).facts[Scores] for method in ("random", find_pass("random")))
+    other = compile(net(), X, keep=0.5, method="random", seed=4).facts[Scores]
+    for name, units in by_name.units.items():
+        assert torch.equal(units, by_pass[name]) and not torch.equal(units, other[name])
+
+
+def test_a_pass_file_is_imported_as_a_module_and_says_what_it_lacks(tmp_path: Path) -> None:
+    begin = "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom torch import nn\nfrom graphprune import *\n"
+    (tmp_path / "typed.py").write_text(
+        f"{begin}@dataclass\nclass Weights:\n    own: dict[str, object]\n"
+        "def typed(model: nn.Module, groups: Groups) -> Scores:\n"
+        "    own = Weights(dict(model.named_parameters())).own\n"
+        "    return score(groups, groups.axes.tensors, own.get, method='typed')\n"
+    )
+    assert compile(net(), X, keep=0.5, method=str(tmp_path / "typed.py")).plan.method == "typed"
+    for name, source, said in (
+        ("silent", "def silent(model: nn.Module, groups: Groups): ...", "does not say what it makes"),
+        ("bare", "def bare(model, groups: Groups) -> Scores: ...", "does not say of what type model is"),
+        ("broken", "import nothing_like_it", "does not import"),
+        ("unknown", "def unknown(model: nn.Module, groups: Gruops) -> Scores: ...", "names an unknown type"),
+    ):
+        (tmp_path / f"{name}.py").write_text(f"{begin}{source}\n")
+        with pytest.raises(UserMistake, match=said):
+            find_pass(str(tmp_path / f"{name}.py"))
+
+
+def test_a_plan_is_held_to_the_groups_it_names(tmp_path: Path) -> None:
+    plan = compile(net(), X, keep=0.5).plan
+    groups = couple(propagate(trace(net(), X)))
+    (cut,) = plan.cuts
+    for wrong, said in (
+        (replace(cut, group="elsewhere"), "there is no such group"),
+        (replace(cut, size=47), "48 units, 47 in the plan"),
+        (replace(cut, kept=(0, 999)), "keeps no units 0 to 47"),
+        (replace(cut, kept=(3, 2)), "in order"),
+        (replace(cut, kept=()), "keeps no units"),
+    ):
+        with pytest.raises(UserMistake, match=said):
+            replace(plan, cuts=(wrong,)).keep(groups)
+    plan.save(tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json").keep(groups) == plan.keep(groups)
+
+
+@pytest.mark.parametrize("config", ["{}", '{"architectures": null}', '{"architectures": []}', '{"architectures": ["NoSuchModel"]}'])
+def test_a_directory_of_no_known_class_is_not_loaded(config: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserMistake, match=r"is not a checkpoint|NoSuchModel"):
+        graphprune.load(tmp_path, net())
+
+
+def test_a_damaged_index_is_told(tmp_path: Path) -> None:
+    (tmp_path / disk.INDEX).write_text('{"weight_map": ')
+    with pytest.raises(UserMistake, match="half a checkpoint"):
+        disk.Checkpoint(tmp_path)
+
+
+def test_a_file_does_not_say_what_to_import(tmp_path: Path) -> None:
+    (tmp_path / RECORD).write_text(json.dumps({"class": "this.Zen"}))
+    with pytest.raises(UserMistake, match=r"this\.Zen"):
+        graphprune.load(tmp_path)
+    assert "this" not in sys.modules
+
+
+def test_too_few_rows_of_calibration_are_told() -> None:
+    ids = {"input_ids": tokens()}
+    for method in ("wanda_sp", "flap", "obs"):
+        with pytest.raises(UserMistake, match="too few calibration rows"):
+            compile(llama(), ids, keep=0.8, method=method, calibration=[{"input_ids": tokens()[:2]}])
+
+
+def test_a_training_ends_and_has_something_to_learn() -> None:
+    for wrong in ({"epochs": None, "minutes": 0}, {"steps": 0}, {"epochs": -1}):
+        with pytest.raises(UserMistake, match="no such training"):
+            Recipe(**wrong)
+
+    class Letters:
+        eos_token_id = 0
+
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": [ord(letter) % 50 for letter in text]}
+
+    with pytest.raises(UserMistake, match="nothing to learn"):
+        read_examples([], Letters(), 16)
+    (short,) = read_examples(["a few words"], Letters(), 64)
+    assert len(short.ids) == len("a few words") + 1
+    assert [len(example.ids) for example in read_examples(["some more words " * 3], Letters(), 16)] == [16, 16, 16]
+
+
+def test_an_error_while_reading_is_not_taken_for_one_of_writing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), complete_or_nothing(tmp_path / "out"):
+        (tmp_path / "corpus.txt").read_text()
+    with pytest.raises(graphprune.errors.ModelLimit, match="could not be written"), complete_or_nothing(tmp_path / "out") as folder:
+        (folder / "no" / "such" / "place").write_text("")
+
+
+def test_weights_in_other_forms_are_not_copied(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "out").mkdir()
+    for name in ("tf_model.h5", "flax_model.msgpack", "model.onnx", "tokenizer.json", "pytorch_model.bin"):
+        (tmp_path / "model" / name).write_text("")
+    stream.copy_rest(tmp_path / "model", tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["tokenizer.json"]
+
+
+def test_a_compile_leaves_the_callers_draws_alone() -> None:
+    torch.manual_seed(7)
+    compile(net(), X, keep=0.5, seed=1)
+    drawn = torch.rand(3)
+    torch.manual_seed(7)
+    net()
+    assert torch.equal(drawn, torch.rand(3))
+
+
+def test_synflow_goes_down_to_a_target_in_rounds() -> None:
+    budget = Budget(target={"parameters": 0.4})
+    groups = couple(propagate(trace(model := net(), X)))
+    units = find_pass("synflow", rounds=4).function(model, groups, budget, rounds=4)["0:ffn"]
+    assert sorted(set(units[units < 0].tolist())) == [-3.0, -2.0, -1.0]
