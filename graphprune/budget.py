@@ -47,7 +47,10 @@ class Budget:
     together: Sequence[Sequence[str]] = ()
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
+        for name, listed in (("kinds", self.kinds), ("protect", self.protect)):
+            if isinstance(listed, str):
+                raise UserMistake(f"{name} is a text, {listed!r}", fix=f"{name}=[{listed!r}]")
+        if not isinstance(self.keep, int | float) or not 0 < self.keep <= 1:
             raise UserMistake(f"keep must be above 0 and at most 1, not {self.keep}", fix="0.8 keeps 80 %")
         scopes = ("local", "global", "rank")
         for name, value, choices in (("keep_of", self.keep_of, ("groups", "model")), ("scope", self.scope, scopes)):

@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 from graphprune.axes import Keep
 from graphprune.budget import Budget
 from graphprune.collecting import settled
-from graphprune.data import Calibration
+from graphprune.data import Calibration, batches_of
 from graphprune.default import default_for
 from graphprune.depth import as_groups, rewrite_pieces, select_pieces
 from graphprune.device import drawing, where
 from graphprune.errors import GraphpruneError, HiddenSize, ModelLimit, UserMistake
 from graphprune.execute import tensors_of
 from graphprune.facts import Emission, Example, Notes, Pruned
+from graphprune.gradients import Loss
 from graphprune.groups import Groups, couple
 from graphprune.hidden import visible
 from graphprune.inputs import guess_inputs
@@ -84,6 +85,7 @@ def compile(  # noqa: A001  the product's own verb
     calibration: Calibration | Sequence[Mapping[str, Tensor]] | None = None,
     passes: Sequence[str | Callable[..., Any]] = (),
     options: Mapping[str, Any] | None = None,
+    loss: Loss | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Prune ``model`` to a share ``keep`` of its prunable parameters and check the result. The input model is untouched.
@@ -91,19 +93,23 @@ def compile(  # noqa: A001  the product's own verb
     ``example_inputs`` is a tensor, a sequence of positional or a mapping of keyword arguments; a transformers model, or one with
     calibration data, needs none. ``method`` is a pass by name, by ``file.py:function`` or a function, with ``options``;
     ``passes`` adds further ones. Without a method it is magnitude, with calibration text the recipe in ``default.py``, its
-    ``scope`` and its passes before yours. ``alike`` (default for transformers models) makes equal layers shrink alike, which a
+    ``scope`` and its passes before yours. ``loss(model, inputs)`` is what gradients are of: by default that of the next token, or
+    the model's own. ``alike`` (default for transformers models) makes equal layers shrink alike, which a
     stock config needs. Budget parameters are those of ``Budget``. Raises ModelLimit when the model stands in the way,
     UserMistake on bad arguments; nothing is changed then.
     """
+    if not isinstance(model, nn.Module):
+        raise UserMistake(f"a {type(model).__name__} is no model", fix="give an nn.Module")
     whole = not set(WHOLE).isdisjoint(kinds or ())
     default = default_for(model, calibration is not None, kinds or (), method)
     shrink_alike = _alike(model, alike, emit)
     budget = Budget(
-        keep, keep_of, scope or default.scope, kinds, tuple(protect), round_to, minimum, shrink_alike, dict(target or {})
+        keep, keep_of, scope or default.scope, kinds, protect, round_to, minimum, shrink_alike, dict(target or {})
     )
     given: Facts = {nn.Module: model, Example: example_for(model, example_inputs, calibration), Emission: Emission(emit, verify)}
     if calibration is not None:
-        given[Calibration] = calibration if isinstance(calibration, Calibration) else Calibration(tuple(calibration), "given")
+        data = calibration if isinstance(calibration, Calibration) else Calibration(batches_of(calibration), "given")
+        given[Calibration] = data if loss is None else replace(data, loss=loss)
     notes: list[str] = []
     given[Notes] = Notes(notes)
     given[Budget] = budget
@@ -140,12 +146,16 @@ def _without_hidden(stages: Sequence[Pass], given: Facts, progress: Progress | N
         def without(groups: Groups) -> Groups:
             return replace(groups, groups=tuple(group for group in groups if group.name not in hidden))
 
-        facts = run(with_extras(stages, [Pass(without)]), given, progress)
         spared = Counter(group.kind for group in free if group.name in hidden)
         left = ", ".join(f"{count} {kind} groups" for kind, count in spared.items())
         why = found.obstacles[-1] if found.obstacles else limit
-        if hidden:
-            notes.lines.append(f'{left} are left alone, emit="graph" would cut them: {why.what}, {why.at}')
+        note = f'{left} are left alone, emit="graph" would cut them: {why.what}, {why.at}'
+        try:
+            facts = run(with_extras(stages, [Pass(without)]), given, progress)
+        except ModelLimit as other:
+            reason = "; ".join(filter(None, (other.why, note if hidden else None)))
+            raise ModelLimit(other.what, at=other.at, why=reason, fix=other.fix) from other
+        notes.lines.extend([note] if hidden else [])
         return facts
 
 

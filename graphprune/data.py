@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.errors import UserMistake, first_line, nearest
+from graphprune.gradients import Loss, language_loss
 from graphprune.written import ordinary_ids, special_ids, start_token, written
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -44,13 +45,14 @@ class Feed(Protocol):
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """Keyword inputs of the model, a mapping a batch; where they come from; hashes of the lines of text used; which batches, by
-    number, the model wrote itself."""
+    number, the model wrote itself; and the ``loss(model, inputs)`` that gradients are of."""
 
     inputs: tuple[Mapping[str, Tensor], ...]
     source: str
     seed: int = 0
     lines: frozenset[str] = frozenset()
     written: frozenset[int] = frozenset()
+    loss: Loss = language_loss
 
     @property
     def given(self) -> tuple[Mapping[str, Tensor], ...]:
@@ -86,7 +88,7 @@ def calibrate(
 ) -> Calibration:
     """``samples`` sequences of ``length`` tokens, ``batch`` rows a batch, on the CPU; the same for the same seed."""
     if not isinstance(spec, str):
-        return Calibration(tuple(dict(inputs) for inputs in spec), "given inputs", seed)
+        return Calibration(batches_of(spec), "given inputs", seed)
     _check_sizes(source, samples=samples, length=length, batch=batch)
     if len(parts := _parts(spec)) > 1:
         sizes = [samples // len(parts) + (i < samples % len(parts)) for i in range(len(parts))]
@@ -98,6 +100,17 @@ def calibrate(
     inputs = tuple(_as_inputs(source, ids) for ids in torch.split(rows, batch))
     own = frozenset(range(len(inputs))) if spec == "self" else frozenset()
     return Calibration(inputs, spec, seed, frozenset(_line_hashes(texts)), own)
+
+
+def batches_of(given: Iterable[Mapping[str, Tensor]]) -> tuple[Mapping[str, Tensor], ...]:
+    """Batches as they are to be given: keyword inputs each. Raises UserMistake on anything else."""
+    found = []
+    for inputs in given:
+        if not isinstance(inputs, Mapping):
+            what = f"a calibration batch is a {type(inputs).__name__}"
+            raise UserMistake(what, fix='give each as keyword inputs of the model: [{"x": tensor}, …]')
+        found.append(dict(inputs))
+    return tuple(found)
 
 
 def read_texts(spec: str) -> list[str]:
@@ -138,7 +151,8 @@ def mixed(*parts: Calibration) -> Calibration:
     turns = [batch for turn in zip_longest(*marked) for batch in turn if batch is not None]
     own = frozenset(i for i, (_, own) in enumerate(turns) if own)
     lines = frozenset().union(*(part.lines for part in parts))
-    return Calibration(tuple(batch for batch, _ in turns), "+".join(part.source for part in parts), parts[0].seed, lines, own)
+    source = "+".join(part.source for part in parts)
+    return Calibration(tuple(batch for batch, _ in turns), source, parts[0].seed, lines, own, parts[0].loss)
 
 
 def _parts(spec: str) -> list[str]:

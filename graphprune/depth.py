@@ -26,7 +26,7 @@ from graphprune.rewrite.graph import PrunedGraph
 from graphprune.rewrite.module import adopt
 from graphprune.rewrite.reshaped import Elements
 from graphprune.rewrite.shallow import shrink_depth
-from graphprune.score import Scores
+from graphprune.score import Scores, check_scores
 from graphprune.verify import close, reference
 
 COUNTED = ("parameters", "bytes", "flops")
@@ -42,6 +42,7 @@ def select_pieces(layers: Layers, scores: Scores, budget: Budget) -> Plan:
     """Choose the pieces that go: the lowest scores first, ``local`` the same share of every stack, ``global`` by score per
     parameter, ``rank`` by score alone, until the budget is met. Raises ModelLimit when it is out of reach."""
     check_named(layers, budget.protect)
+    check_scores(layers, scores)
     keep = {group.factor: list(range(group.size)) for group in layers}
     left = _left(layers, keep, budget)
     for group, unit in _order(layers, scores, budget):

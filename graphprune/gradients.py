@@ -34,15 +34,18 @@ It comes in float32 or better, whatever the weight is in.
 def language_loss(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """Mean next-token cross-entropy of ``input_ids`` (rows, length); a masked or other model's own loss on given labels.
 
-    Raises ModelLimit when the model gives neither logits nor a loss.
+    Raises ModelLimit when the model gives neither logits of the next token nor a loss.
     """
     output = model(**inputs)
     if getattr(output, "loss", None) is not None:
         found: Tensor = output.loss
         return found
-    logits = logits_of(output)
-    if "input_ids" not in inputs or logits.shape[1] != inputs["input_ids"].shape[1]:
-        raise ModelLimit("no loss is known for this model", fix="pass loss=, a function of (model, inputs)")
+    logits = logits_of(output) if "input_ids" in inputs else None
+    if logits is None or logits.shape[1] != inputs["input_ids"].shape[1]:
+        why = "it predicts no next token, and returns no loss for the inputs it is given"
+        raise ModelLimit(
+            f"no loss is known for {type(model).__name__}", why=why, fix="compile(…, loss=f), f(model, inputs) a scalar"
+        )
     predicted = precise(logits[:, :-1].flatten(0, 1))
     return nn.functional.cross_entropy(predicted, inputs["input_ids"][:, 1:].flatten())
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from graphprune.budget import Budget, allowed_kinds
 from graphprune.computed import changing
+from graphprune.errors import ModelLimit
 from graphprune.experts import STACKED
 from graphprune.exportable import GROUPED, experts_run
 from graphprune.facts import Emission, Notes
@@ -27,8 +28,23 @@ def narrow(model: nn.Module, groups: Groups, budget: Budget, emission: Emission,
         groups = _without_recomputed(groups, notes)
         kinds = tuple(kind for kind in kinds if kind in groups.kinds)
     groups = replace(groups, groups=tuple(group for group in groups if group.kind in kinds))
+    if not len(groups):
+        reasons = dict.fromkeys(frozen.reason.what for frozen in groups.frozen if frozen.members)
+        why = "; ".join(list(reasons)[:3]) or "no parameter has a dimension that anything shares"
+        raise ModelLimit(
+            f"nothing in {groups.axes.trace.name} can be pruned", why=why, fix="graphprune inspect lists what is frozen"
+        )
+    if emission.emit == "module" and (idle := _idle(groups)):
+        notes.lines.append(f"{', '.join(idle[:3])}{' …' if len(idle) > 3 else ''}: no part of the traced forward, left as they are")
     stock = isinstance(model, PreTrainedModel) and emission.emit == "module" and budget.alike and budget.kinds is None
     return _without_obstacles(Fitting(model, groups, budget), notes) if stock else groups  # type: ignore[arg-type]
+
+
+def _idle(groups: Groups) -> list[str]:
+    """The parameters that nothing traced reads, which code that only trains may."""
+    trace = groups.axes.trace
+    read = {trace.tensors[node.name].name for node in trace.graph.nodes if node.name in trace.tensors and node.users}
+    return [name for name in trace.parameters if name not in read]
 
 
 def _without_obstacles(fitting: Fitting, notes: Notes) -> Groups:

@@ -80,7 +80,10 @@ def run(passes: Sequence[Pass], given: Facts, progress: Progress | None = None) 
     for step in passes:
         if progress is not None:
             progress(step.name)
-        facts[step.makes] = step(facts)
+        made = step(facts)
+        if isinstance(step.makes, type) and not isinstance(made, step.makes):
+            raise UserMistake(f"{step.name}() gave a {type(made).__name__}", why=f"it says that it makes {step.makes.__name__}")
+        facts[step.makes] = made
         if Calibration in facts:
             hand_back()
     return facts
@@ -104,6 +107,8 @@ def find_pass(spec: str | Callable[..., Any] | Pass, **options: Any) -> Pass:
         return _bound(spec.function, {**spec.options, **options})
     if callable(spec):
         return _bound(spec, options)
+    if not isinstance(spec, str):
+        raise UserMistake(f"a {type(spec).__name__} is no pass", fix="give a name, file.py:function, or a function")
     name, _, rest = spec.partition(".py") if ".py" in spec else spec.partition(":")
     if ".py" in spec:
         function, *settings = [part for part in rest.split(":") if part] or [Path(name).name]
@@ -154,6 +159,8 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
         return get_type_hints(function)
     except NameError as error:
         raise UserMistake(f"{function.__name__} names an unknown type", why=str(error), fix="import it in the same file") from error
+    except TypeError as error:
+        raise UserMistake(f"a {type(function).__name__} is no pass", fix="give a function, with its types") from error
 
 
 def _converted(value: Any, wanted: Any, name: str) -> Any:

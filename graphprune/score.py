@@ -43,6 +43,21 @@ class Scores:
         return self.units[group]
 
 
+def check_scores(groups: Iterable[Group], scores: Scores) -> None:
+    """Raise UserMistake unless every group has one number for each of its units; infinite ones will do."""
+    for group in groups:
+        units = scores.units.get(group.name)
+        if not isinstance(units, Tensor) or units.shape != (group.size,) or not units.is_floating_point():
+            found = f"{tuple(units.shape)} of {units.dtype}" if isinstance(units, Tensor) else type(units).__name__
+            why = "there are none" if units is None else f"they are {found}"
+            raise UserMistake(
+                f"{scores.method} does not score {group.name}", why=why, fix=f"a float tensor of shape ({group.size},)"
+            )
+        if nameless := int(units.isnan().sum()):
+            what = f"{scores.method} gives {nameless} of {group.size} units of {group.name} no number (nan)"
+            raise UserMistake(what, why="what it looks at is not finite", fix="load the model in float32, or mend the criterion")
+
+
 def to_units(
     saliency: Tensor | Sequence[Tensor], axes: Sequence[Axis], dim: int, factor: Factor, each: Each = Tensor.double
 ) -> Tensor:
@@ -160,7 +175,15 @@ def score(
     for group in groups:
         for member in group.members:
             wanted[member.name][member.dim] = None
-    sums = _sums_of(wanted, criterion, each)
+
+    def shaped(name: str) -> Tensor | None:
+        saliency, shape = criterion(name), tuple(axis.size for axis in axes[name] if not isinstance(axis, Place))
+        if saliency is not None and tuple(saliency.shape) != shape:
+            what = f"{method} gives {name} a saliency of shape {tuple(saliency.shape)}"
+            raise UserMistake(what, why=f"the tensor is {shape}", fix="one number for each of its elements")
+        return saliency
+
+    sums = _sums_of(wanted, shaped, each)
     found: dict[str, Tensor] = {}
     for group in groups:
         members = []

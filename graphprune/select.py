@@ -13,11 +13,11 @@ from typing import Any
 
 from graphprune.budget import Budget, allowed_kinds
 from graphprune.cost import MEASURES, Measure, cost, parameter_count
-from graphprune.errors import ModelLimit
+from graphprune.errors import ModelLimit, UserMistake
 from graphprune.groups import Group, Groups
 from graphprune.levers import Lever, as_levers, sizes_of
 from graphprune.plan import Cut, Plan, fingerprint
-from graphprune.score import Scores
+from graphprune.score import Scores, check_scores
 
 SMALLEST = 1e-9
 """A step that frees nothing, or less than a measurement can tell, is priced at this share of the whole."""
@@ -26,6 +26,7 @@ SMALLEST = 1e-9
 def select(groups: Groups, scores: Scores, budget: Budget) -> Plan:
     """Choose the units that go. Raises ModelLimit, saying how close it gets and what stands in the way."""
     kinds = allowed_kinds(groups, budget.kinds)
+    check_scores((group for group in groups if group.kind in kinds), scores)
     chosen = [group for group in groups if group.kind in kinds]
     ledger = Ledger(groups, chosen, budget)
     levers = as_levers(ledger.free, scores, budget)
@@ -68,6 +69,8 @@ class Ledger:
             names = sorted(within) if budget.keep_of == "groups" else None
             asked = [("parameters", parameter_count(self.axes, names), budget.keep)]
         self.limits = [Limit(name, measure, share, measure({})) for name, measure, share in asked]
+        if budget.target and (none := [limit.name for limit in self.limits if not limit.before]):
+            raise UserMistake(f"the model has no {none[0]} to save", fix=f"a target of {', '.join(MEASURES)}, or keep=")
 
     def allows(self, levers: Sequence[Lever], depths: Sequence[int]) -> bool:
         """Whether no cost exceeds its limit."""

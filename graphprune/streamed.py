@@ -101,7 +101,7 @@ def compile_streamed(
         raise UserMistake(f"{checkpoint} is no checkpoint directory", fix="give the directory that save_pretrained wrote")
     check_described(source.model.config)
     inputs = source.example_inputs() if calibration is None else _weightless(calibration.inputs[0])
-    budget = Budget(keep, keep_of, scope, kinds, tuple(protect), round_to, minimum, True, dict(target or {}))
+    budget = Budget(keep, keep_of, scope, kinds, protect, round_to, minimum, True, dict(target or {}))
     notes: list[str] = []
     stages = [Pass(stage) for stage in (traced, propagate, couple, narrow, stock_steps, on_disk)]
     stages += [] if plan is not None else [find_pass(method, **seeded(method, options or {}, seed)), Pass(select)]

@@ -41,7 +41,7 @@ def fisher(model: nn.Module, groups: Groups, calibration: Calibration) -> Scores
 
     for sample in dealt(one_by_one(calibration.inputs), model):
         masks.clear()
-        see_gradients(model, [sample], see, names=spots)
+        see_gradients(model, [sample], see, names=spots, loss=calibration.loss)
         for name, units in masks.items():
             totals[name] = totals[name].to(units) + units.square() / 2
     return Scores(summed(totals, model), "fisher")

@@ -21,8 +21,8 @@ vector. The published recipe is block-wise, local, layers 4 to 29 of 32:
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ def llm_pruner(
     for value, choices in ((order, ORDERS), (vectors, ("each", "unit"))):
         if value not in choices:
             raise UserMistake(f"llm_pruner knows no {value!r}", fix=nearest(value, choices))
-    samples, weights = list(one_by_one(calibration.inputs)), dict(model.named_parameters())
+    samples, weights = replace(calibration, inputs=tuple(one_by_one(calibration.inputs))), dict(model.named_parameters())
     spots: dict[str, set[int]] = defaultdict(set)
     for member in (member for group in groups for member in group.members if member.name in weights):
         spots[member.name].add(member.dim)
@@ -78,28 +78,29 @@ def llm_pruner(
     return Scores(found, f"llm_pruner {order} {aggregate}")
 
 
-def _summed(model: nn.Module, samples: Sequence[Any], spots: Mapping[str, set[int]], *, second: bool) -> dict[Spot, Tensor]:
+def _summed(model: nn.Module, samples: Calibration, spots: Mapping[str, set[int]], *, second: bool) -> dict[Spot, Tensor]:
     """The mean over samples of w·g, or of its square, summed over each vector as the gradient appears."""
     sums: dict[Spot, Tensor] = {}
 
     def see(name: str, weight: nn.Parameter, gradient: Tensor) -> None:
         for dim, total in profiles((weight, gradient), spots[name], _squared if second else torch.mul).items():
-            sums[name, dim] = sums.get((name, dim), 0) + total / len(samples)
+            sums[name, dim] = sums.get((name, dim), 0) + total / len(samples.inputs)
 
-    see_gradients(model, dealt(samples, model), see, names=spots)
+    see_gradients(model, dealt(samples.inputs, model), see, names=spots, loss=samples.loss)
     return summed(sums, model)
 
 
-def _of_means(model: nn.Module, samples: Sequence[Any], spots: Mapping[str, set[int]], *, mixed: bool) -> dict[Spot, Tensor]:
+def _of_means(model: nn.Module, samples: Calibration, spots: Mapping[str, set[int]], *, mixed: bool) -> dict[Spot, Tensor]:
     """|w·g|, or |w·g − ½·w²·E[g²]|, of the mean gradient g, summed over each vector."""
     mean: dict[str, Tensor] = {}
     square: dict[str, Tensor] = {}
+    count = len(samples.inputs)
 
     def see(name: str, _: nn.Parameter, gradient: Tensor) -> None:
-        for held, term in ((mean, gradient / len(samples)), *([(square, gradient.square() / len(samples))] if mixed else [])):
+        for held, term in ((mean, gradient / count), *([(square, gradient.square() / count)] if mixed else [])):
             held[name] = held[name].add_(term) if name in held else term
 
-    see_gradients(model, dealt(samples, model), see, names=spots)
+    see_gradients(model, dealt(samples.inputs, model), see, names=spots, loss=samples.loss)
     mean, square = summed(mean, model), summed(square, model)
     weights: dict[str, nn.Parameter] = dict(model.named_parameters())
     sums: dict[Spot, Tensor] = {}

@@ -203,7 +203,7 @@ def _roots(
         if rows < samples:
             batches.append(inputs)
             rows += len(next(iter(inputs.values())))
-    see_output_gradients(model, batches, see, modules=list(owner))
+    see_output_gradients(model, batches, see, modules=list(owner), loss=calibration.loss)
     roots = {}
     for module, total in sums.items():
         check_finite(total.diagonal(), module)

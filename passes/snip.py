@@ -6,29 +6,18 @@ to first order, if a weight were removed before training::
     score(unit) = aggregate over members of  Σ |w · ∂L/∂w|   over the member's slice of the unit
 
 with L the loss of all calibration batches together: gradients add up before the absolute value is taken, which is what sets it
-apart from ``taylor``. Holds one float32 gradient a parameter. A model that returns neither loss nor next-token logits needs
-``loss``, a function of (model, inputs).
-``result = graphprune.compile(net, images, method="snip", calibration=batches, options={"loss": my_loss})``
+apart from ``taylor``. Holds one float32 gradient a parameter.
+``result = graphprune.compile(net, images, method="snip", calibration=batches, loss=my_loss)``
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 from torch import Tensor, nn
 
-from graphprune import Calibration, Groups, Scores, language_loss, score, see_gradients
+from graphprune import Calibration, Groups, Scores, score, see_gradients
 
 
-def snip(
-    model: nn.Module,
-    groups: Groups,
-    calibration: Calibration,
-    *,
-    aggregate: str = "sum",
-    loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] = language_loss,
-) -> Scores:
+def snip(model: nn.Module, groups: Groups, calibration: Calibration, *, aggregate: str = "sum") -> Scores:
     """Score units by |w·g| of the whole calibration batch: (units,) each, in float64."""
     names = {member.name for group in groups for member in group.members}
     gradients: dict[str, Tensor] = {}
@@ -36,7 +25,7 @@ def snip(
     def see(name: str, weight: nn.Parameter, gradient: Tensor) -> None:
         gradients[name] = gradients.get(name, 0) + gradient.float()
 
-    see_gradients(model, calibration.inputs, see, names=names, loss=loss)
+    see_gradients(model, calibration.inputs, see, names=names, loss=calibration.loss)
     weights = dict(model.named_parameters(remove_duplicate=False))
 
     def saliency(name: str) -> Tensor | None:

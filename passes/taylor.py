@@ -36,7 +36,7 @@ def taylor(model: nn.Module, groups: Groups, calibration: Calibration, *, aggreg
             units = gather_units(sums[member.dim], axes[name][member.dim], group.factor)
             totals[group.name, place] = totals.get((group.name, place), torch.zeros_like(units)) + units
 
-    see_gradients(model, dealt(calibration.inputs, model), see, names=spots)
+    see_gradients(model, dealt(calibration.inputs, model), see, names=spots, loss=calibration.loss)
     totals = summed(totals, model)
     rows = {group.name: [totals[key] for key in sorted(totals) if key[0] == group.name] for group in groups}
     return Scores({name: combine(members, aggregate) for name, members in rows.items()}, f"taylor {aggregate}")

@@ -176,3 +176,118 @@ def test_synflow_goes_down_to_a_target_in_rounds() -> None:
     groups = couple(propagate(trace(model := net(), X)))
     units = find_pass("synflow", rounds=4).function(model, groups, budget, rounds=4)["0:ffn"]
     assert sorted(set(units[units < 0].tolist())) == [-3.0, -2.0, -1.0]
+
+
+def scored(units: Any) -> Any:
+    def given(model: nn.Module, groups: graphprune.Groups) -> Scores:
+        return Scores({group.name: units(group) for group in groups}, "mine")
+
+    return given
+
+
+@pytest.mark.parametrize(
+    ("units", "said"),
+    [
+        (lambda group: torch.full((group.size,), torch.nan), "48 of 48 units of 0:ffn no number"),
+        (lambda group: torch.cat([torch.zeros(group.size - 1), torch.tensor([torch.nan])]), "1 of 48 units"),
+        (lambda group: torch.zeros(group.size + 1), r"they are \(49,\)"),
+        (lambda group: torch.zeros(group.size, 2), r"they are \(48, 2\)"),
+        (lambda group: torch.zeros(group.size, dtype=torch.long), "torch.int64"),
+        (lambda group: [0.0] * group.size, "they are list"),
+    ],
+)
+def test_scores_are_one_number_a_unit(units: Any, said: str) -> None:
+    with pytest.raises(UserMistake, match=said):
+        compile(net(), X, keep=0.5, method=scored(units))
+    compile(net(), X, keep=0.5, method=scored(lambda group: torch.arange(group.size).float().where(torch.arange(48) != 3, torch.inf)))
+
+
+def test_what_a_pass_gives_is_what_it_says() -> None:
+    def none(model: nn.Module, groups: graphprune.Groups) -> Scores:
+        return Scores({}, "none")
+
+    def nothing(model: nn.Module, groups: graphprune.Groups) -> Scores:
+        return None  # type: ignore[return-value]
+
+    def turned(model: nn.Module, groups: graphprune.Groups) -> Scores:
+        weights = dict(model.named_parameters())
+        return graphprune.score(groups, groups.axes.tensors, lambda name: weights[name].T, method="turned")
+
+    for method, said in ((none, "there are none"), (nothing, "gave a NoneType"), (turned, "a saliency of shape")):
+        with pytest.raises(UserMistake, match=said):
+            compile(net(), X, keep=0.5, method=method)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"keep": "0.5"}, "keep must be"),
+        ({"kinds": "ffn"}, r"kinds=\['ffn'\]"),
+        ({"protect": "0"}, r"protect=\['0'\]"),
+        ({"passes": [None]}, "NoneType is no pass"),
+        ({"method": 3}, "int is no pass"),
+        ({"target": {"kv": 0.5}}, "has no kv to save"),
+        ({"method": "taylor", "calibration": [X]}, "a calibration batch is a Tensor"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserMistake, match=said):
+        compile(net(), X, **{"keep": 0.5, **wrong})
+    with pytest.raises(UserMistake, match="is no model"):
+        compile(len, X)  # type: ignore[arg-type]
+
+
+def test_a_model_without_anything_to_prune_says_why() -> None:
+    with pytest.raises(graphprune.errors.ModelLimit, match="nothing in Linear can be pruned"):
+        compile(nn.Linear(6, 3), X, keep=0.5)
+
+
+def test_gradients_are_of_a_loss_that_is_given() -> None:
+    y = torch.tensor([0, 1, 2, 0, 1])
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch["input"]), batch["y"])
+
+    model, batches = net(), [{"input": X, "y": y}]
+    for method in ("taylor", "fisher", "snip", "llm_pruner:order=vector", "llm_pruner:order=mixed"):
+        assert compile(model, X, keep=0.5, method=method, calibration=batches, loss=loss).plan.cuts
+        with pytest.raises(graphprune.errors.ModelLimit, match=r"loss=f"):
+            compile(model, X, keep=0.5, method=method, calibration=[{"input": X}])
+    found = compile(model, X, keep=0.5, method="taylor", calibration=batches, loss=loss).facts[Scores]["0:ffn"]
+    loss(model, batches[0]).backward()
+    weights = {name: (p.detach() * p.grad).abs().double() for name, p in model.named_parameters()}
+    torch.testing.assert_close(found, weights["0.weight"].sum(1) + weights["0.bias"] + weights["2.weight"].sum(0))
+
+
+class Auxiliary(nn.Module):
+    """A second head, in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.aside = nn.Linear(6, 16), nn.Linear(16, 3), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.up(x).relu()
+        return (self.down(x), self.aside(x)) if self.training else self.down(x)
+
+
+def test_parameters_that_no_trace_sees_are_told() -> None:
+    assert any("aside.weight" in note for note in compile(Auxiliary().eval(), X, keep=0.5).notes)
+    assert not compile(net(), X, keep=0.5).notes
+
+
+class Hidden(nn.Module):
+    """One group whose size stands in the code, one that can go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.one, self.other = nn.Linear(6, 16), nn.Linear(10, 3), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.up(x).relu()
+        return self.one(x[..., :10]) + self.other(x[..., 10:])
+
+
+def test_a_budget_out_of_reach_says_what_the_code_hides() -> None:
+    with pytest.raises(graphprune.errors.ModelLimit, match='emit="graph" would cut them'):
+        compile(Hidden(), X, keep=0.5)
