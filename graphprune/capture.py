@@ -24,7 +24,7 @@ from graphprune.trace import Trace
 
 @dataclass(frozen=True, slots=True)
 class Consumer:
-    """A contraction of an activation with a weight: where ``weight``'s dimension ``dim`` meets ``operand``'s last one."""
+    """A contraction of an activation with a weight: ``weight``'s dimension ``dim`` meets dimension ``place`` of ``operand``."""
 
     node: fx.Node
     operand: fx.Node

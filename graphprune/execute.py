@@ -104,6 +104,7 @@ class Walk:
         self.calls: Calls = {} if calls is None else calls
 
     def step(self, node: fx.Node) -> None:
+        """Compute an input or an operation; weights, checks and the output are left alone."""
         if node.op == "placeholder" and node.name in self.inputs:
             self.values[node] = self.own(node, self.inputs[node.name])
         elif node.op == "call_function" and not is_check(node):
@@ -116,6 +117,8 @@ class Walk:
             self.values.pop(dead, None)
 
     def call(self, node: fx.Node) -> Any:
+        """The value of an operation on its operands' values, edited and retyped as this walk has it; ``values`` does not get it."""
+
         def fetch(operand: fx.Node) -> Any:
             value = self.fetch(operand)
             return value if self.edit is None else self.edit(node, operand, value)
@@ -170,6 +173,7 @@ class Walk:
         return value.clone() if found is value and node.name in self.trace.lent and isinstance(value, Tensor) else found
 
     def cast(self, value: Any) -> Any:
+        """A real or complex tensor in the precision of this walk, on its own device; anything else as it is."""
         return value.to(_replaced(value.dtype, self.dtype)) if isinstance(value, Tensor) else value
 
 

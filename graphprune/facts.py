@@ -22,7 +22,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Emission:
-    """How the smaller model is written: ``module`` or ``graph``; with a stock config where one is ``wanted``; checked or not."""
+    """How the smaller model is written: ``emit`` is ``module`` or ``graph``, ``verify`` whether it is checked."""
 
     emit: str = "module"
     verify: bool = True

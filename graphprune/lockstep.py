@@ -46,7 +46,8 @@ class Site:
     """A product whose weight may be replaced.
 
     ``whole`` is the original's matrix with its surviving rows and all its inputs, of which ``kept`` survive; ``differs`` says
-    whether what it reads is no longer what the original read; ``bias`` names what its own operation adds.
+    whether what it reads is no longer what the original read, ``drifts`` whether the stream that its output is added to is no
+    longer the original's; ``bias`` names what its own operation adds.
     """
 
     product: Product

@@ -1,4 +1,4 @@
-"""A result and where it came from in, a checkpoint directory out: written, loaded back, compared, and only then given its name."""
+"""A result and its source in, a checkpoint directory out, named once complete; what transformers loads of it is compared first."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROGRAM = "model.pt2"
 
 
 def save(result: Result, out: str | Path, source: Source | None = None) -> Path:
-    """Write the smaller model, its tokenizer and plan to the directory ``out``, checked by loading it back.
+    """Write the smaller model, its tokenizer and plan to the directory ``out``; a transformers model is checked by loading it back.
 
     Raises UserMistake when ``out`` is not empty, ModelLimit when what loads does not compute the same; nothing is written then.
     """

@@ -1,4 +1,4 @@
-"""Passes and facts in, facts out: the typed runner, and the default pipeline that ``compile`` runs.
+"""Passes and facts in, facts out: the typed runner; and a name or a file in, the pass that it means out.
 
 A pass is a typed function: positional annotations are the facts it needs, the return annotation is the fact it makes or
 replaces, keyword-only parameters are its options.

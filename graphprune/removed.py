@@ -50,6 +50,7 @@ def grid_of(removals: Iterable[Removal]) -> dict[str, Cells]:
 
 
 def layers_of(grid: Mapping[str, Cells]) -> list[str]:
+    """Every layer of a grid once, in order of appearance."""
     return list(dict.fromkeys(layer for cells in grid.values() for layer in cells))
 
 
@@ -63,7 +64,7 @@ def short(layers: Sequence[str]) -> list[str]:
 
 
 def summary(cells: Iterable[Removal]) -> str:
-    """“−20%  1,152 of 1,440 kept”."""
+    """The removed share, then what is kept: “−20%  1,152 of 1,440”; empty where there are no units."""
     found = list(cells)
     kept, total = sum(cell.kept for cell in found), sum(cell.total for cell in found)
     return f"−{1 - kept / total:.0%}  {kept:,} of {total:,}" if total else ""

@@ -270,7 +270,7 @@ def _tensors(program: ExportedProgram, model: nn.Module) -> tuple[dict[str, Trac
 
 
 def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Every name of a parameter or buffer, with all the names its storage has."""
+    """Every name of a parameter or buffer, with all the names that the same tensor object has."""
     names: dict[int, list[str]] = {}
     for own in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
         for name, tensor in own:

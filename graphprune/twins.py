@@ -140,6 +140,7 @@ def _with_differences(blocks: list[Block]) -> list[Block]:
 
 
 def is_plain(value: Any) -> bool:
+    """Whether a value is a number, a text, a dtype and the like, or a collection of such only: its ``repr`` says all of it."""
     if isinstance(value, tuple | list | set | frozenset):
         return all(is_plain(part) for part in value)
     if isinstance(value, dict):
@@ -148,4 +149,5 @@ def is_plain(value: Any) -> bool:
 
 
 def same(one: Any, other: Any) -> bool:
+    """Whether two plain values are of one type and read the same: 1, 1.0 and True are three, nan is itself."""
     return type(one) is type(other) and repr(one) == repr(other)

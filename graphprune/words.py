@@ -1,4 +1,4 @@
-"""Words of a command line in, what they mean out; what means nothing is a UserMistake."""
+"""Options of a command line in, what they ask for out: types, devices, shares, data, the harness; or a UserMistake."""
 
 from __future__ import annotations
 

@@ -101,6 +101,10 @@ def _sampled(logits: Tensor, draw: torch.Generator) -> Tensor:
 
 
 def start_token(config: Any) -> int:
+    """The token that a sequence begins with: the first that a config names of ``bos``, ``decoder_start`` and ``eos``.
+
+    Raises UserMistake where it names none.
+    """
     start = _named_start(config)
     if start is None:
         raise UserMistake("the model names no token to begin with", fix="calibrate on random ids")
@@ -116,5 +120,6 @@ def _named_start(config: Any) -> int | None:
 
 
 def special_ids(config: Any) -> list[int]:
+    """Every token id that a config names, lists of them included: for padding, for images, for an end."""
     named = [value for name, value in config.to_dict().items() if name.endswith(("token_id", "token_index"))]
     return [token for value in named for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)]

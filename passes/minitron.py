@@ -7,7 +7,7 @@ sequence, L2 over the batch::
 
 where x_t,unit are the channels of one unit in whatever a weight reads: one channel of the FFN's inner width (|x|), head_dim
 channels of a head at o_proj, one channel of the hidden width at every norm's output; several such places are summed. A place
-that several weights read (queries, keys and values behind one norm) counts once. Depth is ``shortgpt``'s business.
+that several weights read (queries, keys and values behind one norm) counts once. Depth is ``short_gpt``'s business.
 ``result = graphprune.compile(model, method="minitron", kinds=["hidden", "ffn"], calibration=c)``
 """
 

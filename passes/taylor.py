@@ -6,8 +6,10 @@ Molchanov et al., "Importance Estimation for Neural Network Pruning" (arXiv 1906
     score(unit) = aggregate over members of  Σ |w · ∂L/∂w|   over the member's slice of the unit
 
 summed over calibration batches, each batch's gradient consumed as it appears: the peak is the model plus one gradient. Products
-are taken in float32 or better. Ranks share the batches.
-``result = graphprune.compile(model, method="taylor", calibration="self")``
+are taken in float32 or better. Ranks share the batches. For example::
+
+    source = graphprune.open_source("path/to/checkpoint")
+    graphprune.compile(source.model, method="taylor", calibration=graphprune.calibrate("self", source))
 """
 
 from __future__ import annotations

@@ -71,8 +71,7 @@ def test_a_plan_refuses_another_architecture(tmp_path: Path) -> None:
 def test_layers_that_differ_round_trip_with_and_without_graphprune(build: Any, tmp_path: Path) -> None:
     model, ids = build(), tokens()
     result = graphprune.compile(model, {"input_ids": ids}, keep=0.7, kinds=["head", "ffn"], scope="global", alike=False)
-    if result.pruned.config is not None:
-        pytest.skip("the random choice happened to leave the layers alike")
+    assert result.pruned.config is None and len({len(cut.kept) for cut in result.plan.cuts if cut.kind == "ffn"}) > 1
     graphprune.save(result, tmp_path / "out")
     auto = transformers.AutoModelForMaskedLM if build is bert else transformers.AutoModelForCausalLM
     for loaded in (graphprune.load(tmp_path / "out"), auto.from_pretrained(tmp_path / "out", trust_remote_code=True)):

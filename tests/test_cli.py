@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+import typer
 from typer.testing import CliRunner
 
 from graphprune import cli
@@ -126,8 +127,20 @@ def test_mistakes(
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".part")]
 
 
-def test_help_reads_well() -> None:
-    shown = CliRunner().invoke(cli.app, ["compile", "--help"])
+COMMANDS: dict[str, Any] = vars(typer.main.get_command(cli.app))["commands"]
+
+
+def plain(text: str) -> str:
+    """Words alone: a word in brackets may be markup to rich."""
+    return " ".join(re.sub(r"\[[a-z]+\]", "", text).split())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_what_a_command_does_and_what_every_option_is_for(name: str) -> None:
+    shown = CliRunner().invoke(cli.app, [name, "--help"], env={"COLUMNS": "300", "NO_COLOR": "1"})
     assert shown.exit_code == 0
-    assert "--calibration" in shown.stdout
-    assert torch.__version__
+    said = plain(shown.stdout)
+    assert plain(COMMANDS[name].help) in said
+    given = [parameter for parameter in COMMANDS[name].params if parameter.name != "help"]
+    assert [parameter.name for parameter in given if not parameter.help or plain(parameter.help) not in said] == []
+    assert [flag for parameter in given for flag in parameter.opts if flag.startswith("--") and flag not in said] == []

@@ -175,8 +175,9 @@ def test_a_wrong_rule_is_caught_and_named(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setitem(graphprune.propagate.__globals__, "find_rule", broken)
     square = llama(head_dim=6)
-    with pytest.raises((RuleBug, ModelLimit)):
+    with pytest.raises(RuleBug, match="does not compute what the masked original does") as caught:
         graphprune.compile(square, {"input_ids": tokens()}, keep=0.7, kinds=["value_width"])
+    assert caught.value.at == "model.layers.0.self_attn.v_proj:value_width"
 
 
 def test_a_pass_of_ones_own_and_the_order_of_passes() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from graphprune.errors import ModelLimit, UserMistake
+from graphprune.rewrite import blueprint
 from graphprune.rewrite.blueprint import as_text, build_meta
 from graphprune.rewrite.config import _hitting, candidates, fit
 from graphprune.rewrite.probe import _guess, _survey, probe
@@ -413,15 +413,18 @@ def test_shrunk_then_fit() -> None:
     assert (found.num_hidden_layers, found.intermediate_size) == (2, 96)
 
 
-def test_probe_of_a_deep_model_is_quick_and_quiet(capfd: pytest.CaptureFixture[str]) -> None:
+def test_probe_of_a_deep_model_is_quick_and_quiet(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks at the whole depth as it is, and three times more at most; at two layers for every number."""
     smollm = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)
     model = build_meta(hf.LlamaForCausalLM, hf.LlamaConfig(**smollm, tie_word_embeddings=True))
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    level, start = hf.logging.get_verbosity(), time.process_time()
+    level, depths, plain = hf.logging.get_verbosity(), list[int](), blueprint._built
+    monkeypatch.setattr(blueprint, "_built", lambda cls, config: depths.append(config.num_hidden_layers) or plain(cls, config))
     found = probe(model)
-    assert time.process_time() - start < 4
+    assert 1 <= sum(depth > 2 for depth in depths) <= 4 and depths.count(2) > 10
+    made = len(depths)
     assert [str(field) for field in found.movers("model.layers.29.mlp.up_proj.weight", 0)] == ["intermediate_size"]
-    assert probe(model) is found
+    assert probe(model) is found and len(depths) == made
     full = _survey(type(model), type(model.config), found.blueprint.text)
     assert {field.path: field.moves for field in found.fields} == {field.path: field.moves for field in full.fields}
     assert (hf.logging.get_verbosity(), capfd.readouterr()) == (level, ("", ""))

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from graphprune.passes.llm_pruner import llm_pruner
+from torch.overrides import TorchFunctionMode
 
 import graphprune
 from graphprune.score import profiles
@@ -67,30 +68,48 @@ def test_the_share_of_the_gradients_that_is_held_does_not_change_the_scores(orde
     assert all(torch.equal(whole[group.name], parts[group.name]) for group in groups)
 
 
-@pytest.mark.parametrize(("order", "held"), [("vector", 1), ("second", 1), ("first", 99)])
-def test_second_order_scores_hold_no_gradient(order: str, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ``see`` is given, and what becomes of it, is gone when the next gradient comes."""
+class Made(TorchFunctionMode):
+    """Holds weak references to every tensor of a weight's shape that a function of torch makes."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.shapes = {parameter.shape for parameter in model.parameters() if parameter.ndim == 2}
+        self.owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self.made: list[weakref.ref[torch.Tensor]] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunction():
+            made = function(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor) and made.shape in self.shapes and made.untyped_storage().data_ptr() not in self.owned:
+                self.made.append(weakref.ref(made))
+        return made
+
+    def alive(self) -> dict[int, torch.Tensor]:
+        """Those that somebody still holds, each once."""
+        return {id(tensor): tensor for one in self.made if (tensor := one()) is not None}
+
+
+@pytest.mark.parametrize(("order", "holds"), [("vector", False), ("second", False), ("first", True)])
+def test_second_order_scores_hold_no_gradient(order: str, holds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``see`` is given, and what it makes of that size, is gone when the next gradient comes; first order keeps means."""
     model, calibration = llama(), graphprune.Calibration(tuple(batches()), "drawn")
     groups = graphprune.couple(graphprune.propagate(graphprune.trace(model, batches()[0])))
-    most, alive = 0, weakref.WeakSet[torch.Tensor]()
-    shapes = {parameter.shape for parameter in model.parameters() if parameter.ndim == 2}
-    plain = torch.Tensor.__mul__, torch.Tensor.__truediv__
+    made, plain, given, left = Made(model), graphprune.see_gradients, list[weakref.ref[torch.Tensor]](), list[int]()
 
-    def watched(operation: Any) -> Any:
-        def run(self: torch.Tensor, other: Any) -> torch.Tensor:
-            nonlocal most
-            result = operation(self, other)
-            if result.shape in shapes and not result.requires_grad:
-                alive.add(result)
-                most = max(most, len(alive))
-            return result
+    def watched(model: Any, inputs: Any, see: Any, **options: Any) -> None:
+        def look(name: str, weight: Any, gradient: torch.Tensor) -> None:
+            assert not given or given[-1]() is None
+            left.append(len(made.alive().keys() - {id(gradient)}))
+            given.append(weakref.ref(gradient))
+            with made:
+                see(name, weight, gradient)
 
-        return run
+        plain(model, inputs, look, **options)
 
-    monkeypatch.setattr(torch.Tensor, "__mul__", watched(plain[0]))
-    monkeypatch.setattr(torch.Tensor, "__truediv__", watched(plain[1]))
+    monkeypatch.setattr(sys.modules[llm_pruner.__module__], "see_gradients", watched)
     llm_pruner(model, groups, calibration, order=order)
-    assert (most <= 2) is (held == 1)
+    assert len(given) == 4 * len(dict(model.named_parameters()))
+    assert max(left) == (left[-1] if holds else 0) and (left[-1] > 10) is holds
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (5, 7), (3, 5, 7), (3, 2, 2)])

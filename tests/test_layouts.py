@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -139,7 +140,10 @@ def test_only_a_graph_leaves_out_part_of_a_stream() -> None:
     result = graphprune.compile(model, x, keep=0.5, kinds=["head"], method="magnitude", emit="graph")
     weights = dict(result.model.body.named_parameters())
     assert weights["q.weight"].shape == (12, 24) and weights["gate.weight"].shape == (2, 6)
-    assert result.model(x).shape == (2, 7, 3)
+    (kept,) = [cut.kept for cut in result.plan.cuts]
+    with torch.no_grad():
+        model.o.weight[:, [6 * head + i for head in range(4) if head not in kept for i in range(6)]] = 0
+        torch.testing.assert_close(result.model(x), model(x), rtol=1e-4, atol=1e-5)
     with pytest.raises(graphprune.errors.HiddenSize, match=r"emit=.graph."):
         graphprune.compile(model, x, keep=0.5, kinds=["head"], method="magnitude", emit="module")
 
@@ -150,7 +154,12 @@ def test_a_stream_shrinks_though_features_are_written_into_it() -> None:
     assert {(group.kind, group.size) for group in groups} == {("hidden", 16), ("ffn", 24)}
     for emit in ("graph", "module"):
         result = graphprune.compile(model, inputs, keep=0.5, kinds=["hidden"], method="magnitude", emit=emit)
-        assert result.plan.cuts and result.model(*inputs).shape == (2, 5, 3)
+        (kept,) = [cut.kept for cut in result.plan.cuts]
+        gone, masked = [i for i in range(16) if i not in kept], copy.deepcopy(model)
+        assert len(kept) == 8
+        with torch.no_grad():
+            masked.up.weight[:, gone] = masked.last.weight[:, gone] = 0
+            torch.testing.assert_close(result.model(*inputs), masked(*inputs), rtol=1e-4, atol=1e-5)
 
 
 def test_rotations_shrink_in_the_steps_they_are_interleaved_in() -> None:

@@ -13,6 +13,7 @@ import transformers as hf
 from graphprune.passes.fisher import fisher
 from graphprune.passes.flap import flap
 from graphprune.passes.llm_pruner import llm_pruner
+from graphprune.passes.magnitude import magnitude
 from graphprune.passes.minitron import minitron
 from graphprune.passes.protect_ends import protect_ends
 from graphprune.passes.sensitivity import sensitivity
@@ -148,6 +149,16 @@ def test_llm_pruner(llama: nn.Module, groups: Groups, calibration: Calibration, 
             close(found[group], AGGREGATE[aggregate](torch.stack(rows)))
 
 
+@pytest.mark.parametrize("aggregate", AGGREGATE)
+@pytest.mark.parametrize("p", [1, 2])
+def test_magnitude(llama: nn.Module, groups: Groups, p: int, aggregate: str) -> None:
+    found = magnitude(llama, groups, p=p, aggregate=aggregate)
+    for layer in range(LAYERS):
+        for group, tensors in members(layer).items():
+            rows = [view(llama.get_parameter(name).detach().abs() ** p).sum((1, 2)) for name, view in tensors]
+            close(found[group], AGGREGATE[aggregate](torch.stack(rows)))
+
+
 def test_llm_pruner_whole_units(llama: nn.Module, groups: Groups, calibration: Calibration) -> None:
     grads = gradients(llama, calibration)
     found = llm_pruner(llama, groups, calibration, order="vector", vectors="unit")
@@ -162,7 +173,7 @@ def test_taylor_sums_batches(llama: nn.Module, groups: Groups, calibration: Cali
     for group, tensors in members(0).items():
         batches = [{n: (grads[i][n] + grads[i + 1][n]) / 2 for n, _ in tensors} for i in range(0, len(grads), 2)]
         expected = sum(view((llama.get_parameter(n).detach() * g[n]).abs()).sum((1, 2)) for g in batches for n, view in tensors)
-        torch.testing.assert_close(found[group], expected, rtol=1e-4, atol=1e-6)
+        close(found[group], expected)
 
 
 def test_fisher_is_the_squared_gradient_of_a_mask(llama: nn.Module, groups: Groups, calibration: Calibration) -> None:

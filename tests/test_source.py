@@ -352,7 +352,12 @@ def test_a_model_that_puts_other_parts_in_place_keeps_them(tmp_path: Path) -> No
 def test_a_mask_is_given_where_a_model_makes_none_while_it_is_exported() -> None:
     model: Any = build("longt5", "seq2seq").model
     assert guess_inputs(model, model.config).keys() == {"input_ids", "decoder_input_ids", "attention_mask"}
-    assert graphprune.compile(model, keep=0.7, method="magnitude").plan.cost["after"] != {}
+    result = graphprune.compile(model, keep=0.7, method="magnitude")
+    before, after = (result.plan.cost[when]["parameters"] for when in ("before", "after"))
+    assert (before, after) == tuple(sum(p.numel() for p in m.parameters()) for m in (model, result.model)) and after < before
+    assert result.model.config.d_ff < model.config.d_ff and result.model.config.num_heads < model.config.num_heads
+    with torch.no_grad():
+        assert result.model.eval()(**guess_inputs(model, model.config)).logits.isfinite().all()
 
 
 def test_inputs_spare_the_model_the_asking_for_values_where_that_can_be() -> None:

@@ -129,22 +129,27 @@ def leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def items(node: dict[str, Any] | list[Any]) -> Iterable[tuple[str | int, Any]]:
+    """The children of a node of the settings, each with its key or its place."""
     return node.items() if isinstance(node, dict) else enumerate(node)
 
 
 def lookup(node: Any, path: Path) -> Any:
+    """What stands at a path in the settings; raises KeyError or IndexError where nothing does."""
     return reduce(getitem, path, node)
 
 
 def is_number(value: object) -> bool:
+    """Whether a setting can be a size or a share: above zero, finite, not a truth value."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def as_text(config: PreTrainedConfig) -> str:
+    """A config as JSON, with the text of whatever JSON does not know: what a Blueprint begins from."""
     return json.dumps(config.to_dict(), default=str)
 
 
 def dims(name: str, shape: Sequence[int]) -> Sizes:
+    """The sizes of one tensor: 1 for its existence, at dimension -1, then its shape."""
     return {(name, -1): 1} | {(name, dim): size for dim, size in enumerate(shape)}
 
 

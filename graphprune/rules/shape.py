@@ -1,4 +1,4 @@
-"""Operations that rearrange dimensions: views, transpositions, expansion."""
+"""Operations that rearrange dimensions: views, transpositions, copies, and those to which positions matter: fft, diff, tril."""
 
 from __future__ import annotations
 
