@@ -29,6 +29,7 @@ from graphprune.narrow import narrow, stock_steps
 from graphprune.pieces import WHOLE, Layers, pieces
 from graphprune.pipeline import Facts, Pass, Progress, find_pass, run
 from graphprune.plan import Plan
+from graphprune.programs import same_program
 from graphprune.propagate import Axes, propagate
 from graphprune.rewrite.graph import PrunedGraph, Smaller, smaller
 from graphprune.rewrite.module import copy_cut, emit_module, over
@@ -36,7 +37,7 @@ from graphprune.rewrite.record import remember
 from graphprune.rewrite.stock import stock_config
 from graphprune.select import select
 from graphprune.trace import Inputs, Trace, trace
-from graphprune.verify import Reference, check_traced, checked, close, computes, decodes, reference
+from graphprune.verify import Reference, check_traced, checked, close, computes, decodes, reference, says_little_of
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,7 @@ def compile(  # noqa: A001  the product's own verb
     whole = not set(WHOLE).isdisjoint(kinds or ())
     default = default_for(model, calibration is not None, kinds or (), method)
     shrink_alike = _alike(model, alike, emit)
-    budget = Budget(
-        keep, keep_of, scope or default.scope, kinds, protect, round_to, minimum, shrink_alike, dict(target or {})
-    )
+    budget = Budget(keep, keep_of, scope or default.scope, kinds, protect, round_to, minimum, shrink_alike, dict(target or {}))
     given: Facts = {nn.Module: model, Example: example_for(model, example_inputs, calibration), Emission: Emission(emit, verify)}
     if calibration is not None:
         data = calibration if isinstance(calibration, Calibration) else Calibration(batches_of(calibration), "given")
@@ -209,8 +208,14 @@ def rewrite(model: nn.Module, groups: Groups, plan: Plan, example: Example, emis
 
 
 def _as_module(model: nn.Module, axes: Axes, keep: Keep, cut: Smaller, wanted: Reference, example: Example) -> Pruned:
+    """The smaller model of the same class. What had to be guessed is held to the program, too: numbers may say too little of it."""
+    vague = says_little_of(model, axes.trace)
+
+    def same(emitted: nn.Module) -> bool:
+        return same_program(cut.graph, trace(emitted, example.inputs))
+
     def accept(emitted: nn.Module) -> bool:
-        return close(emitted, example.inputs, wanted)
+        return close(emitted, example.inputs, wanted) and (not vague or same(emitted))
 
     emitted, obstacle = copy_cut(model, axes, cut.tensors), "a plain module has no config"
     if isinstance(model, PreTrainedModel):
@@ -221,7 +226,7 @@ def _as_module(model: nn.Module, axes: Axes, keep: Keep, cut: Smaller, wanted: R
     remembers = decodes(model, example.inputs)
 
     def runs(emitted: nn.Module) -> bool:
-        return computes(emitted, example.inputs, wanted) and remembers(emitted)
+        return computes(emitted, example.inputs, wanted) and remembers(emitted) and same(emitted)
 
     emitted, attributes = emit_module(model, emitted, axes, keep, runs)
     return Pruned(emitted, obstacle=obstacle, attributes=attributes)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphprune.calls import all_arguments, operation
+from graphprune.calls import all_arguments, is_check, operation
 from graphprune.computed import computed, evaluated
 from graphprune.trace import Trace
 
@@ -22,7 +22,8 @@ def same_program(one: fx.Graph, other: Trace) -> bool:
     """Whether a graph calls the same operations on the same operands with the same literals as a trace does, in the same order.
 
     A reshape that need not copy is a view; a chunk is a split into the sizes that it gives; a squeeze names what it drops; what is
-    viewed as another tensor is told its shape. A constant that the graph has by its elements must be what the trace computes.
+    viewed as another tensor is told its shape; a slice ends where its operand does; attention is told its scale. What neither
+    gives back does not count. A constant that the graph has by its elements must be what the trace computes.
     """
     pairs = list(zip(one.nodes, other.graph.nodes, strict=False))
     if len(one.nodes) != len(pairs) or len(other.graph.nodes) != len(pairs):
@@ -31,7 +32,7 @@ def same_program(one: fx.Graph, other: Trace) -> bool:
     if not told.keys() <= computed(other):
         return False
     values = dict(evaluated(other, frozenset(told)))
-    behind = _only_for(told, other.graph)
+    behind = _only_for(told, other.graph) | _idle(other.graph)
     twins: dict[fx.Node, fx.Node] = {}
     for node, twin in pairs:
         twins[node] = twin
@@ -43,12 +44,21 @@ def same_program(one: fx.Graph, other: Trace) -> bool:
             if node.args[0] != values[twin].tolist() or node.kwargs["dtype"] != twin.meta["val"].dtype:
                 return False
             continue
-        (target, arguments), (its_target, its_arguments) = _spelled(node), _spelled(twin)
+        (target, arguments), (its_target, its_arguments) = _spelled(node, twin), _spelled(twin, twin)
         if node.op == "call_function" and target is not its_target:
             return False
         if repr(fx.map_arg(arguments, twins.__getitem__)) != repr(its_arguments):
             return False
     return True
+
+
+def _idle(graph: fx.Graph) -> set[fx.Node]:
+    """What nothing comes of: a size that is looked at, for instance."""
+    idle: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and idle.issuperset(node.users) and (is_check(node) or not node.is_impure()):
+            idle.add(node)
+    return idle
 
 
 def _only_for(told: Collection[fx.Node], graph: fx.Graph) -> set[fx.Node]:
@@ -60,8 +70,9 @@ def _only_for(told: Collection[fx.Node], graph: fx.Graph) -> set[fx.Node]:
     return behind.difference(told)
 
 
-def _spelled(node: fx.Node) -> tuple[Any, Any]:
-    """What a node calls and the arguments by name, defaults filled in; of operations that do the same always the same one."""
+def _spelled(node: fx.Node, twin: fx.Node) -> tuple[Any, Any]:
+    """What a node calls and the arguments by name, defaults filled in; of operations that do the same always the same one. The
+    sizes of its operands are those of its twin's."""
     given: Mapping[str, Any] = all_arguments(node)
     if node.target is aten.reshape.default:
         return aten.view.default, list(given.values())
@@ -70,6 +81,11 @@ def _spelled(node: fx.Node) -> tuple[Any, Any]:
     if operation(node) in PIECES:
         sizes = [piece.shape[given["dim"]] for piece in node.meta["val"]]
         return aten.split_with_sizes.default, [given["self"], sizes, given["dim"]]
+    if node.target is aten.slice.Tensor:
+        size, told = twin.all_input_nodes[0].meta["val"].shape[given["dim"]], given["end"]
+        return node.target, list({**given, "end": size if told is None else min(told, size)}.values())
+    if node.target is aten.scaled_dot_product_attention.default and given["scale"] is None:
+        return node.target, list({**given, "scale": given["query"].meta["val"].shape[-1] ** -0.5}.values())
     if operation(node) == "squeeze":
         shape = given["self"].meta["val"].shape
         told = given.get("dim", list(range(len(shape))))

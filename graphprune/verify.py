@@ -242,6 +242,15 @@ def check_traced(model: torch.nn.Module, trace: Trace, tensors: Mapping[str, Ten
         )
 
 
+def says_little_of(model: torch.nn.Module, trace: Trace) -> bool:
+    """Whether outputs would hardly tell how a model computes: of half precision, whole numbers, or of one position."""
+    half = any(t.is_floating_point() and t.dtype.itemsize < torch.float32.itemsize for t in model.parameters())
+    (output,) = (node for node in trace.graph.nodes if node.op == "output")
+    given = [node.meta["val"] for node in output.all_input_nodes if isinstance(node.meta.get("val"), Tensor)]
+    short = any(isinstance(x, Tensor) and x.dtype == torch.long and x.shape[1:] == (1,) for x in trace.example)
+    return half or short or not any(value.is_floating_point() for value in given)
+
+
 def decodes(model: torch.nn.Module, inputs: Inputs) -> Callable[[torch.nn.Module], bool]:
     """Whether a smaller model, too, says in two passes, the second upon the cache of the first, what it says in one.
 

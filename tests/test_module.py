@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 
 import graphprune
-from graphprune.errors import ModelLimit
+from graphprune.errors import HiddenSize, ModelLimit
 from graphprune.verify import Reference
 from tests.models import sharpened
 
@@ -396,3 +397,58 @@ def test_a_known_exact_result_does_where_it_is_met(gap: float, asked: bool, same
     wanted = Reference(own, lambda: [torch.ones(3, dtype=torch.float64)], known=True)
     assert wanted.agrees([torch.full((3,), 1 + gap)]) is same
     assert bool(runs) is asked
+
+
+class Squared(nn.Module):
+    """As many heads as each is wide: which of the two shrinks, no shape tells."""
+
+    def __init__(self, answer: Any = lambda y: y) -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.answer = 8, 8, answer
+        self.qkv, self.proj, self.out = nn.Linear(64, 192), nn.Linear(64, 64), nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows, tokens, _ = x.shape
+        q, k, v = self.qkv(x).view(rows, tokens, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(rows, tokens, -1)
+        return self.answer(self.out(x + self.proj(y)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("case", ["single", "half", "whole numbers", "a branch that is zero", "one token"])
+def test_what_no_number_tells_the_program_does(case: str) -> None:
+    torch.manual_seed(0)
+    model, x = Squared((lambda y: y.argmax(-1)) if case == "whole numbers" else lambda y: y), torch.randn(2, 6, 64)
+    if case == "a branch that is zero":
+        nn.init.zeros_(model.proj.weight)
+    if case == "half":
+        model, x = model.bfloat16(), x.bfloat16()
+    smaller = graphprune.compile(model.eval(), x[:, :1] if case == "one token" else x, keep=0.5, kinds=["head"]).model
+    assert (smaller.heads, smaller.head_dim) == (4, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_config_with_as_many_heads_as_each_is_wide_loses_heads(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8, head_dim=8
+    )
+    found = graphprune.compile(transformers.LlamaForCausalLM(config).to(dtype).eval(), keep=0.6, kinds=["head"]).model.config
+    assert (found.num_attention_heads, found.num_key_value_heads, found.head_dim) == (4, 4, 8)
+
+
+class Averaging(nn.Module):
+    """Divides by a number that its code takes from a size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 40), nn.Linear(40, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.up(x).relu()
+        return self.down(x) / x.shape[-1] ** 0.5  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_number_that_comes_of_a_size_is_seen_in_every_precision(dtype: torch.dtype) -> None:
+    with pytest.raises(HiddenSize, match="hides a size"):
+        graphprune.compile(Averaging().to(dtype), torch.randn(5, 16).to(dtype), keep=0.95)
