@@ -14,6 +14,7 @@ import typer
 
 from graphprune import __version__
 from graphprune.bench import figures
+from graphprune.budget import Budget
 from graphprune.compiler import compile
 from graphprune.console import err, out, progress, shown
 from graphprune.data import calibrate, read_texts
@@ -23,10 +24,11 @@ from graphprune.errors import GraphpruneError, UserMistake, first_line
 from graphprune.evaluate import perplexity, published
 from graphprune.groups import couple
 from graphprune.listing import explained, rows, tables
-from graphprune.masks import sparsify, zeros
+from graphprune.masking import statistics_of
+from graphprune.masks import find_mask, sparsify, zeros
 from graphprune.output import save, save_model
 from graphprune.pieces import branches, layers
-from graphprune.pipeline import find_pass
+from graphprune.pipeline import find_pass, find_scorer
 from graphprune.plan import load_plan
 from graphprune.propagate import propagate
 from graphprune.ranks import joined, leads
@@ -35,6 +37,7 @@ from graphprune.replay import replay
 from graphprune.report import side_by_side
 from graphprune.rewrite.folder import check_free
 from graphprune.source import open_source
+from graphprune.sparse import pattern_of
 from graphprune.streamed import compile_streamed
 from graphprune.trace import trace
 from graphprune.words import calibration_for, device_of, dtype_of, enable_checkpointing, harness, listed, shares_of
@@ -54,6 +57,7 @@ Device = Annotated[str, typer.Option(help="Where the model is and everything is 
 Stream = Annotated[
     bool, typer.Option("--stream", help="Never hold the model: read, prune and write a checkpoint directory tensor by tensor.")
 ]
+Emit = Annotated[str, typer.Option(help="'module': the original classes; 'graph': an exported program.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -69,7 +73,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def compile_(
     model: Model,
     output: Output,
-    keep: Annotated[float, typer.Option(help="Share of the prunable parameters to keep.")] = 0.8,
+    keep: Annotated[float | None, typer.Option(help="Share of the prunable parameters to keep (default 0.8).")] = None,
     keep_of: Annotated[str, typer.Option(help="Count the share over the prunable 'groups' or the whole 'model'.")] = "groups",
     method: Annotated[
         str | None,
@@ -91,7 +95,7 @@ def compile_(
     alike: Annotated[
         bool | None, typer.Option("--alike/--differ", help="Let equal layers shrink alike (a stock config needs it).")
     ] = None,
-    emit: Annotated[str, typer.Option(help="'module': the original classes; 'graph': an exported program.")] = "module",
+    emit: Emit = "module",
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Check the smaller model against the masked original.")
     ] = True,
@@ -118,19 +122,23 @@ def compile_(
     _check(model, output, stream)
     if stream and (dtype or emit != "module" or alike is False):
         raise UserMistake("--stream writes a stock checkpoint in the dtype it finds", fix="leave out --dtype, --emit and --differ")
-    there = device_of(device)
-    asked = [find_pass(spec) for spec in ([method] if method else []) + (extra or [])]
+    shares, there = shares_of(target or ()), device_of(device)
+    if shares and keep is not None:
+        raise UserMistake("--keep and --target are two ways to say how much may stay", fix="leave out one")
+    share = 0.8 if keep is None else keep
+    Budget(share, keep_of, scope or "local", None, protect or (), round_to, minimum, target=shares)  # its mistakes come first
+    asked = [*([find_scorer(method)] if method else []), *map(find_pass, extra or [])]
     with progress() as show:
         show("opening")
         source = open_source(model, dtype=dtype_of(dtype), weights=not stream, device=there)
-        default = default_for(source.model, calibration is not None and not stream, listed(kinds) or (), method)
+        default = default_for(source.model, calibration is not None, listed(kinds) or (), method, streamed=stream)
         steps = [*map(find_pass, (default.method, *default.passes)), *asked[bool(method) :]]
         settings: dict[str, Any] = {
-            "keep": keep, "keep_of": keep_of, "method": steps[0], "kinds": listed(kinds), "scope": scope or default.scope,
+            "keep": share, "keep_of": keep_of, "method": steps[0], "kinds": listed(kinds), "scope": scope or default.scope,
             "round_to": round_to, "minimum": minimum, "protect": protect or (), "seed": seed, "passes": steps[1:],
-            "target": shares_of(target or ()),
+            "target": shares,
         }  # fmt: skip
-        sizes = samples or default.samples, length or default.length
+        sizes = default.samples if samples is None else samples, default.length if length is None else length
         text = calibration_for(steps, source, calibration, *sizes, batch, seed, show)
         if stream:
             shown(compile_streamed(model, output, **settings, calibration=text, device=there, progress=show), output)
@@ -169,14 +177,15 @@ def inspect(
 
 @app.command()
 def apply(
-    plan: Annotated[Path, typer.Argument(help="A plan file.")],
+    plan: Annotated[Path, typer.Argument(help="A plan file, or the directory it lies in.")],
     model: Model,
     output: Output,
+    emit: Emit = "module",
     stream: Stream = False,
     dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
-    """Prune MODEL exactly as PLAN says."""
+    """Prune MODEL exactly as PLAN, or the one in a directory that compile wrote, says."""
     _check(model, output, stream)
     chosen = load_plan(plan)
     if stream:
@@ -188,7 +197,7 @@ def apply(
         show("opening")
         source = open_source(model, dtype=dtype_of(dtype))
         show("pruning")
-        result = replay(source.model, chosen, source.example_inputs())
+        result = replay(source.model, chosen, source.example_inputs(), emit=emit)
         show("saving")
         save(result, output, source)
     shown(result, output)
@@ -211,16 +220,16 @@ def sparsify_(
 ) -> None:
     """Write zeros into the weights of MODEL and keep its shapes."""
     _check(model, output)
-    there = device_of(device)
+    there, step, _ = device_of(device), find_mask(method), pattern_of(sparsity, pattern)
     with progress() as show:
         show("opening")
         source = open_source(model, dtype=dtype_of(dtype), device=there)
         show("calibration text")
-        text = None if method == "magnitude" else calibrate(calibration, source, samples=samples, length=length, seed=seed)
+        text = calibrate(calibration, source, samples=samples, length=length, seed=seed) if statistics_of(step) else None
         sparse = sparsify(
             source.model,
             text,
-            method=method,
+            method=step,
             sparsity=sparsity,
             pattern=pattern,
             example_inputs=source.example_inputs(),
@@ -252,7 +261,7 @@ def recover_(
         show("opening")
         source = open_source(model, dtype=dtype_of(dtype), device=there)
         tutor = open_source(teacher, dtype=dtype_of(dtype), device=there).model if teacher else None
-        limits = {"minutes": minutes} if minutes else {}
+        limits = {} if minutes is None else {"minutes": minutes}
         trained = recover(
             source.model, read_texts(data), teacher=tutor, tokenizer=source.tokenizer(), preset=preset, seed=seed,
             progress=show, **limits,
@@ -268,7 +277,7 @@ def evaluate(
     text: Annotated[str | None, typer.Option(help="For perplexity: a text file, .jsonl[:field], or a datasets name.")] = None,
     length: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
     protocol: Annotated[str | None, typer.Option(help="A paper's protocol: llm-pruner or wanda.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, with commas; needs graphprune[tasks].")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, with commas; needs graphprune\\[tasks].")] = None,
     include: Annotated[Path | None, typer.Option(help="A directory with task descriptions of your own.")] = None,
     shots: Annotated[int | None, typer.Option(help="Examples before each question (default: the task's).")] = None,
     limit: Annotated[int | None, typer.Option(help="At most this many windows, or questions a task.")] = None,

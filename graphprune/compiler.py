@@ -15,7 +15,7 @@ from graphprune.axes import Keep
 from graphprune.budget import Budget
 from graphprune.collecting import settled
 from graphprune.data import Calibration, batches_of
-from graphprune.default import default_for
+from graphprune.default import default_for, writes_text
 from graphprune.depth import as_groups, rewrite_pieces, select_pieces
 from graphprune.device import drawing, where
 from graphprune.errors import GraphpruneError, HiddenSize, ModelLimit, UserMistake
@@ -27,7 +27,7 @@ from graphprune.hidden import visible
 from graphprune.inputs import guess_inputs
 from graphprune.narrow import narrow, stock_steps
 from graphprune.pieces import WHOLE, Layers, pieces
-from graphprune.pipeline import Facts, Pass, Progress, find_pass, run
+from graphprune.pipeline import Facts, Pass, Progress, find_pass, find_scorer, run
 from graphprune.plan import Plan
 from graphprune.programs import same_program
 from graphprune.propagate import Axes, propagate
@@ -38,6 +38,8 @@ from graphprune.rewrite.stock import stock_config
 from graphprune.select import select
 from graphprune.trace import Inputs, Trace, trace
 from graphprune.verify import Reference, check_traced, checked, close, computes, decodes, reference, says_little_of
+
+BLIND = "magnitude looks at weights alone; with calibration text (calibration=, --calibration self) a language model keeps far more"
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,7 @@ def compile(  # noqa: A001  the product's own verb
     stock config needs. Budget parameters are those of ``Budget``. Raises ModelLimit when the model stands in the way,
     UserMistake on bad arguments; nothing is changed then.
     """
-    if not isinstance(model, nn.Module):
-        raise UserMistake(f"a {type(model).__name__} is no model", fix="give an nn.Module")
+    model = prunable(model)
     whole = not set(WHOLE).isdisjoint(kinds or ())
     default = default_for(model, calibration is not None, kinds or (), method)
     shrink_alike = _alike(model, alike, emit)
@@ -109,15 +110,16 @@ def compile(  # noqa: A001  the product's own verb
     if calibration is not None:
         data = calibration if isinstance(calibration, Calibration) else Calibration(batches_of(calibration), "given")
         given[Calibration] = data if loss is None else replace(data, loss=loss)
-    notes: list[str] = []
+    notes = [BLIND] if method is None and calibration is None and not whole and writes_text(model) else []
     given[Notes] = Notes(notes)
     given[Budget] = budget
-    scorer = find_pass(default.method, **seeded(default.method, options or {}, seed))
+    scorer = find_scorer(default.method, **seeded(default.method, options or {}, seed))
     stages = whole_pieces(scorer, kinds or ()) if whole else pipeline(scorer)
     stages = with_extras(stages, [find_pass(extra) for extra in (*default.passes, *passes)])
     with settled(), drawing(seed, where(model)):
         facts = _without_hidden(stages, given, progress)
     pruned: Pruned = remember(facts[Pruned], model)
+    facts[Plan] = with_repairs(facts[Plan], stages)
     return Result(pruned.model, facts[Plan], facts[Groups], pruned, tuple(notes), facts)
 
 
@@ -174,6 +176,13 @@ def whole_pieces(scorer: Pass, kinds: Sequence[str]) -> list[Pass]:
         return pieces(axes, kinds[0])
 
     return [Pass(traced), Pass(propagate), Pass(found), Pass(as_groups), scorer, Pass(select_pieces), Pass(rewrite_pieces)]
+
+
+def with_repairs(plan: Plan, stages: Sequence[Pass]) -> Plan:
+    """The plan that names the passes which changed weights after it, as no plan can say how."""
+    made = [stage.makes for stage in stages]
+    repairs = [stage.name for stage in stages[made.index(Pruned) + 1 :] if stage.makes is Pruned]
+    return replace(plan, options={**plan.options, "passes": repairs}) if repairs else plan
 
 
 def with_extras(stages: Sequence[Pass], extras: Sequence[Pass]) -> list[Pass]:
@@ -236,11 +245,29 @@ def _alike(model: nn.Module, alike: bool | None, emit: str) -> bool:
     return isinstance(model, PreTrainedModel) and emit == "module" if alike is None else alike
 
 
+def prunable(model: nn.Module) -> nn.Module:
+    """The model behind ``torch.compile``. Raises UserMistake on what is none, holds adapters or quantised weights."""
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, nn.Module):
+        raise UserMistake(f"a {type(model).__name__} is no model", fix="give an nn.Module")
+    if type(model).__module__.startswith("peft.") or getattr(model, "_hf_peft_config_loaded", False):
+        raise UserMistake("the model holds an adapter beside its weights", fix="merge it first: merge_and_unload()")
+    how = getattr(getattr(model, "config", None), "quantization_config", None)
+    if how is not None:
+        name = how.get("quant_method") if isinstance(how, Mapping) else getattr(how, "quant_method", None)
+        raise UserMistake(
+            f"the weights are quantised ({name or type(how).__name__})", fix="dequantise them first: model.dequantize()"
+        )
+    return model
+
+
 def example_for(model: nn.Module, inputs: Inputs | None, calibration: Any) -> Example:
     """The inputs to trace and check on: given ones, the first calibration batch, or small ones a transformers model accepts."""
     if inputs is not None:
         return Example(inputs)
     if calibration is not None:
+        if not (calibration.inputs if isinstance(calibration, Calibration) else calibration):
+            raise UserMistake("the calibration holds no batch")
         return Example(calibration.inputs[0] if isinstance(calibration, Calibration) else calibration[0])
     if isinstance(model, PreTrainedModel):
         return Example(guess_inputs(model, model.config))

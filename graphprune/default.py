@@ -29,18 +29,31 @@ class Default:
 PLAIN = Default("magnitude")
 REPAIR = ("least_squares:drift=0.5:damping=1", "newton:steps=2")
 CALIBRATED = Default("obs", "global", ("self_written", "sensitivity", *REPAIR), samples=32, length=512)
+STREAMED = Default("flap", passes=("least_squares",), length=512)
 INFLUENCE = Default("short_gpt")
 
 
 def default_for(
-    model: nn.Module, calibrated: bool, kinds: Collection[str] = (), method: str | Callable[..., Any] | None = None
+    model: nn.Module,
+    calibrated: bool,
+    kinds: Collection[str] = (),
+    method: str | Callable[..., Any] | None = None,
+    *,
+    streamed: bool = False,
 ) -> Default:
-    """The ``method`` that was asked for; else the recipe for a model that writes text, where there is calibration data, and the
-    data-free one otherwise. Of whole pieces it is block influence, where there is data.
+    """The ``method`` that was asked for; else the recipe for a model that writes text, where there is calibration data (of what
+    is ``streamed``, forward passes and a repair), and the data-free one otherwise. Of whole pieces it is block influence, where
+    there is data.
     """
     if method is not None:
         return Default(method)
     if not set(WHOLE).isdisjoint(kinds):
         return INFLUENCE if calibrated else PLAIN
-    writes = isinstance(model, PreTrainedModel) and model.can_generate() and not model.config.is_encoder_decoder
-    return CALIBRATED if calibrated and writes else PLAIN
+    if not calibrated or not writes_text(model):
+        return PLAIN
+    return STREAMED if streamed else CALIBRATED
+
+
+def writes_text(model: nn.Module) -> bool:
+    """Whether a model continues texts."""
+    return isinstance(model, PreTrainedModel) and model.can_generate() and not model.config.is_encoder_decoder

@@ -44,13 +44,17 @@ def select_pieces(layers: Layers, scores: Scores, budget: Budget) -> Plan:
     check_named(layers, budget.protect)
     check_scores(layers, scores)
     keep = {group.factor: list(range(group.size)) for group in layers}
-    left = _left(layers, keep, budget)
+    left, gone = _left(layers, keep, budget), []
     for group, unit in _order(layers, scores, budget):
         if left <= 1:
             break
         if len(keep[group.factor]) > max(group.least, for_kind(budget.minimum, group.kind)):
             keep[group.factor].remove(unit)
+            gone.append((group, unit))
             left = _left(layers, keep, budget)
+    for group, unit in reversed(gone) if left <= 1 else ():  # a large piece may have made up for smaller ones
+        more = {**keep, group.factor: sorted([*keep[group.factor], unit])}
+        keep = more if _left(layers, more, budget) <= 1 else keep
     if left > 1:
         why = f"{left:.2f} times the budget is left when every stack keeps its minimum and what is protected stays"
         raise ModelLimit(

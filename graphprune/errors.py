@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import ClassVar
 
-MOST_CHOICES = 12
+MOST_CHOICES = 30
 """A longer list of valid choices is cut."""
 
 

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from graphprune.data import Calibration, refuse_overlap, tokenize
 from graphprune.device import where
 from graphprune.errors import UserMistake, nearest
-from graphprune.written import decode, inference, logits_of
+from graphprune.written import check_causal, decode, inference, logits_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,10 @@ def perplexity(
     Raises UserMistake when the texts are too short, or when ``calibration`` was drawn from them.
     """
     how = protocol or Protocol(length, stride, join, bos, limit=limit)
+    check_causal(model)
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(most, int) and how.length > most:
+        raise UserMistake(f"windows of {how.length} tokens", why=f"the model reads at most {most}", fix=f"length={most}")
     if calibration is not None:
         refuse_overlap(calibration, texts)
     windows = _windows(tokenize(tokenizer, how.join.join(texts), how.special), how)

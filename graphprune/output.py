@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from graphprune.device import beside, drawing, where
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.exportable import exportable
 from graphprune.facts import Example
+from graphprune.plan import PLAN
 from graphprune.ranks import leads
-from graphprune.rewrite.checkpoint import PLAN, load, save_plain, save_transformers
+from graphprune.rewrite.checkpoint import load, save_plain, save_transformers
 from graphprune.rewrite.folder import complete_or_nothing
 from graphprune.rewrite.graph import PrunedGraph
 from graphprune.rewrite.record import make_record
-from graphprune.source import Source, quiet
+from graphprune.source import TOKENIZER_FILES, Source, quiet
 from graphprune.trace import as_call, open_sizes
 from graphprune.verify import SEED, Reference, close, leaves
 
@@ -82,10 +84,14 @@ def _save_program(model: PrunedGraph, example: Example, folder: Path) -> None:
 
 def _copy_tokenizer(source: Source, folder: Path) -> None:
     try:
-        tokenizer = source.tokenizer()
+        source.tokenizer().save_pretrained(folder)
     except UserMistake:
         return
-    tokenizer.save_pretrained(folder)
+    except ModelLimit:  # it cannot be loaded: what is there goes along as it is
+        home = source.path if source.path is not None and source.path.is_dir() else None
+        for file in [home / name for name in TOKENIZER_FILES] if home else ():
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
 
 
 def _check_reload(result: Result, folder: Path) -> None:

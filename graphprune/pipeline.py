@@ -19,6 +19,7 @@ from graphprune.data import Calibration
 from graphprune.disk import hand_back
 from graphprune.errors import UserMistake, nearest
 from graphprune.factory import import_file
+from graphprune.score import Scores
 
 LIBRARY = "graphprune.passes"
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -116,6 +117,15 @@ def find_pass(spec: str | Callable[..., Any] | Pass, **options: Any) -> Pass:
             function, settings = Path(name).name, [function, *settings]
         return _bound(_from_file(Path(f"{name}.py"), function), options | _settings(settings))
     return _bound(_from_library(name), options | _settings(rest.split(":") if rest else []))
+
+
+def find_scorer(spec: str | Callable[..., Any] | Pass, **options: Any) -> Pass:
+    """The same of a method that scores. Raises UserMistake on a pass that makes something else."""
+    found = find_pass(spec, **options)
+    if found.makes is not Scores:
+        makes = getattr(found.makes, "__name__", found.makes)
+        raise UserMistake(f"{found.name} is no method: it makes {makes}, not scores", fix=f"passes=, or --pass {found.name}")
+    return found
 
 
 def _settings(parts: Sequence[str]) -> dict[str, str]:

@@ -16,6 +16,8 @@ from graphprune.runs import runs
 from graphprune.trace import Trace
 
 SCHEMA = 1
+PLAN = "graphprune_plan.json"
+"""Its name in a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +80,13 @@ class Plan:
 
 
 def load_plan(path: str | Path) -> Plan:
-    """Read a plan. Raises UserMistake when the file is missing, broken or of another schema."""
+    """Read a plan, or that in a directory which a compile wrote.
+
+    Raises UserMistake when the file is missing, broken or of another schema.
+    """
+    path = Path(path) / PLAN if Path(path).is_dir() else Path(path)
     try:
-        body = json.loads(Path(path).read_text())
+        body = json.loads(path.read_text())
         if body.pop("schema") != SCHEMA:
             raise UserMistake(f"{path} has another plan schema than this graphprune reads ({SCHEMA})")
         cuts = tuple(Cut(**{**c, "kept": _units(c["kept"]), "members": tuple(c["members"])}) for c in body.pop("cuts"))

@@ -21,11 +21,14 @@ from transformers.pytorch_utils import Conv1D
 
 from graphprune.device import drawing, where
 from graphprune.divergence import divergence
-from graphprune.errors import UserMistake, nearest
+from graphprune.errors import ModelLimit, UserMistake, nearest
 from graphprune.examples import IGNORED, Data, Example, batches, collate, read_examples
 from graphprune.pipeline import Progress
 from graphprune.ranks import add_gradients, dealt, told
-from graphprune.written import inference, logits_of, written
+from graphprune.written import check_causal, inference, logits_of, written
+
+SPARSE = 0.05
+"""From this share of zeros on a weight is sparse, and stays so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +105,26 @@ def recover(
     if teacher is not None and recipe.written:
         own = written(teacher, getattr(teacher, "config", None), recipe.written, recipe.length, recipe.seed)
         pools.append([Example(row, row) for row in own])
+    for part, what in ((model, "the model"), (teacher, "the teacher")):
+        if part is not None:
+            check_causal(part, what)
     with drawing(recipe.seed, where(model)):
         student, parameters = _trainable(deepcopy(model), recipe)
-        _train(student, parameters, teacher, pools, recipe, begun, progress)
-    return _plain(student, model)
+        zeros = _zeros(model, recipe)
+        _train(student, parameters, teacher, pools, recipe, begun, progress, zeros)
+    trained = _plain(student, model)
+    if not all(bool(parameter.isfinite().all()) for parameter in trained.parameters()):
+        raise ModelLimit("the training diverged: weights are not finite", fix="a lower lr, or load the model in float32")
+    return trained
+
+
+def _zeros(model: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
+    """Where the weights of a sparse model are zero, which they stay; those that hardly are have none."""
+    sparse = {name: p.detach() == 0 for name, p in model.named_parameters() if p.ndim > 1}
+    found = {name: gone for name, gone in sparse.items() if float(gone.float().mean()) >= SPARSE}
+    if found and recipe.method == "lora":
+        raise UserMistake("LoRA would fill the zeros of a sparse model", fix='preset="ten-minutes", or method="full"')
+    return found
 
 
 def recipe_of(preset: str, settings: Mapping[str, Any]) -> Recipe:
@@ -153,6 +172,8 @@ def _trainable(model: nn.Module, recipe: Recipe) -> tuple[nn.Module, list[nn.Par
             model = peft.get_peft_model(model, config)
     else:
         tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+        if any(p.dtype == torch.float16 for p in model.parameters()):
+            model = model.float()  # half precision holds no step of AdamW
         fixed = {id(p) for m in (*tables, _head(model)) if m is not None for p in m.parameters()}
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point() and id(parameter) not in fixed)
@@ -165,6 +186,7 @@ def _plain(student: nn.Module, like: nn.Module) -> nn.Module:
     plain: nn.Module = student if merge is None else merge()
     asked = dict(like.named_parameters())
     for name, parameter in plain.named_parameters():
+        parameter.data = parameter.data.to(asked[name].dtype)
         parameter.requires_grad_(asked[name].requires_grad)
         parameter.grad = None
     return plain.train(like.training)
@@ -181,10 +203,12 @@ def _train(
     recipe: Recipe,
     begun: float,
     progress: Progress | None,
+    zeros: Mapping[str, Tensor],
 ) -> None:
     device = parameters[0].device
     optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, betas=(0.9, recipe.beta2), weight_decay=recipe.decay)
     total, tokens = _steps(len(pools) * len(pools[0]), recipe), 0
+    gone = [(parameter, zeros[name]) for name, parameter in student.named_parameters() if name in zeros]
     student.train()
     for step, chosen in enumerate(batches(pools, recipe.batch, recipe.seed)):
         spent = max(step / total, told(time.monotonic() - begun) / 60 / recipe.minutes if recipe.minutes else 0.0)
@@ -197,6 +221,8 @@ def _train(
         loss = 0.0
         mine = dealt(chosen)
         for start in range(0, len(mine), recipe.micro):
+            if step and recipe.minutes and told(time.monotonic() - begun) / 60 > recipe.minutes:
+                return
             inputs, labels = collate(mine[start : start + recipe.micro], device)
             part = _loss(student, teacher, inputs, labels, recipe) / wanted
             part.backward()  # type: ignore[no-untyped-call]
@@ -205,6 +231,8 @@ def _train(
         add_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, recipe.clip)
         optimizer.step()
+        for parameter, places in gone:
+            parameter.data.masked_fill_(places, 0)
         optimizer.zero_grad(set_to_none=True)
         if progress is not None:
             progress(f"step {step + 1}  loss {loss:.4f}  rate {rate:.1e}  {tokens} tokens  {time.monotonic() - begun:.0f} s")

@@ -42,4 +42,6 @@ def replay(
     stages = [Pass(whole), Pass(as_groups), Pass(rewrite_pieces)] if removes_pieces else [Pass(couple), Pass(rewrite)]
     facts: dict[Any, Any] = run([Pass(found), *stages], given)
     pruned: Pruned = remember(facts[Pruned], model)
-    return Result(pruned.model, plan, facts[Groups], pruned, (), facts)
+    repairs = plan.options.get("passes", ())
+    notes = (f"the plan was made with {', '.join(repairs)}: what they did to weights is no part of it",) if repairs else ()
+    return Result(pruned.model, plan, facts[Groups], pruned, notes, facts)

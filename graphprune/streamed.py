@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from graphprune.axes import Axis, Keep
 from graphprune.budget import Budget
 from graphprune.collecting import settled
-from graphprune.compiler import seeded, traced, with_extras
+from graphprune.compiler import prunable, seeded, traced, with_extras
 from graphprune.data import Calibration
 from graphprune.device import beside, drawing
 from graphprune.disk import Checkpoint, OnDisk, given_back
@@ -23,13 +23,12 @@ from graphprune.facts import Emission, Example, Notes, Pruned
 from graphprune.groups import Groups, couple
 from graphprune.narrow import narrow, stock_steps
 from graphprune.parts import Place, layout
-from graphprune.pipeline import Pass, Progress, find_pass, run
-from graphprune.plan import Plan
+from graphprune.pipeline import Pass, Progress, find_pass, find_scorer, run
+from graphprune.plan import PLAN, Plan
 from graphprune.programs import same_program
 from graphprune.propagate import Axes, propagate
 from graphprune.ranks import leads, wait
 from graphprune.rewrite.blueprint import build_empty, build_meta
-from graphprune.rewrite.checkpoint import PLAN
 from graphprune.rewrite.config import fit
 from graphprune.rewrite.files import cuts
 from graphprune.rewrite.graph import cut, resized_graph
@@ -99,12 +98,13 @@ def compile_streamed(
     source, there = open_source(checkpoint, weights=False), torch.device(device)
     if source.path is None or not source.path.is_dir() or not isinstance(source.model, PreTrainedModel):
         raise UserMistake(f"{checkpoint} is no checkpoint directory", fix="give the directory that save_pretrained wrote")
+    prunable(source.model)
     check_described(source.model.config)
     inputs = source.example_inputs() if calibration is None else _weightless(calibration.inputs[0])
     budget = Budget(keep, keep_of, scope, kinds, protect, round_to, minimum, True, dict(target or {}))
     notes: list[str] = []
     stages = [Pass(stage) for stage in (traced, propagate, couple, narrow, stock_steps, on_disk)]
-    stages += [] if plan is not None else [find_pass(method, **seeded(method, options or {}, seed)), Pass(select)]
+    stages += [] if plan is not None else [find_scorer(method, **seeded(method, options or {}, seed)), Pass(select)]
     stages = with_extras([*stages, Pass(write)], [find_pass(extra) for extra in passes])
     given = {nn.Module: source.model, Example: Example(inputs), Emission: Emission(), Notes: Notes(notes), Budget: budget}
     given |= {} if plan is None else {Plan: plan}

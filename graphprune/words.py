@@ -58,6 +58,8 @@ def shares_of(targets: Sequence[str]) -> dict[str, float]:
     found = {}
     for target in targets:
         name, _, share = target.partition("=")
+        if name in found:
+            raise UserMistake(f"two targets of {name}", fix="give one")
         try:
             found[name] = float(share)
         except ValueError:

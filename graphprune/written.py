@@ -14,6 +14,9 @@ from graphprune.device import where
 from graphprune.errors import ModelLimit, UserMistake
 
 SAMPLED_AT_ONCE = 64
+PROBE = 8
+"""Tokens on which it is tried whether a model is causal."""
+
 PIECE = 128
 """Tokens of a self-written piece: what comes later costs more to write and says less that is new."""
 
@@ -60,6 +63,23 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
+def check_causal(model: nn.Module, what: str = "the model") -> None:
+    """Raise UserMistake unless a model predicts each token from those before it: a later one must not change what it says.
+
+    Nothing is asked of what has no config."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserMistake(f"{what} reads one text and writes another: it continues none", fix="give a causal language model")
+    ids = torch.arange(1, 1 + PROBE)[None] % (getattr(config, "vocab_size", None) or PROBE)
+    other = torch.cat([ids[:, :-1], ids[:, :1]], 1)
+    with inference(model):
+        one, two = (logits_of(model(row.to(where(model))))[:, :-1].float() for row in (ids, other))
+    if not torch.allclose(one, two, rtol=1e-3, atol=1e-3 * float(one.abs().max())):
+        raise UserMistake(f"{what} is no causal language model", why="its predictions depend on the tokens after them")
+
+
 def ordinary_ids(vocabulary: int, special: Iterable[int], shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
     """Random token ids, none of them special where there are others."""
     allowed = torch.ones(vocabulary, dtype=torch.bool)
@@ -75,6 +95,8 @@ def written(model: nn.Module, config: Any, samples: int, length: int, seed: int 
     LLM-QAT (arXiv 2305.17888): what a model says of its own accord is narrower than what it knows. Raises UserMistake when it
     cannot.
     """
+    if getattr(config, "vocab_size", None) is None:
+        raise UserMistake(f"{type(model).__name__} writes no text to calibrate on", fix="give batches of inputs, or random")
     device = where(model)
     if device.type == "meta" or getattr(config, "is_encoder_decoder", False):
         why = "its weights are not loaded" if device.type == "meta" else "it needs an input to answer"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import graphprune
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.output import save_model
+from graphprune.plan import PLAN
 from graphprune.rewrite import checkpoint, module
 from tests.models import Residual, bert, gpt2, llama, residual, sharpened, tokens
 
@@ -51,10 +52,10 @@ def test_a_plan_reproduces_the_same_bytes(tmp_path: Path) -> None:
     model, ids = llama(tied=True), {"input_ids": tokens()}
     result = graphprune.compile(model, ids, keep=0.7, method="random", seed=5)
     graphprune.save(result, tmp_path / "one")
-    plan = graphprune.load_plan(tmp_path / "one" / checkpoint.PLAN)
+    plan = graphprune.load_plan(tmp_path / "one" / PLAN)
     assert plan.cuts == result.plan.cuts
     graphprune.save(graphprune.replay(model, plan, ids), tmp_path / "two")
-    for name in ("model.safetensors", "config.json", checkpoint.PLAN):
+    for name in ("model.safetensors", "config.json", PLAN):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 

@@ -22,7 +22,6 @@ from graphprune.errors import UserMistake, first_line
 from graphprune.rewrite import reshaped
 from graphprune.rewrite.record import RECORD, Record, read_model, record_of
 
-PLAN = "graphprune_plan.json"
 MODELLING = "modeling_pruned"
 WEIGHTS = "model.safetensors"
 

@@ -18,6 +18,9 @@ def check_free(out: str | Path) -> Path:
     path = Path(out)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserMistake(f"{path} exists and is not empty", fix="choose another directory, or remove it")
+    home = next(parent for parent in path.absolute().parents if parent.exists())
+    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
+        raise UserMistake(f"{path} cannot be written", why=f"{home} is not a directory that you may write to")
     return path
 
 
