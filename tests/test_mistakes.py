@@ -8,21 +8,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import graphprune
 from graphprune import Budget, Scores, compile, couple, disk, propagate, trace
+from graphprune.default import default_for
 from graphprune.errors import UserMistake
+from graphprune.evaluate import perplexity
 from graphprune.examples import read_examples
 from graphprune.pipeline import find_pass
 from graphprune.plan import load_plan
 from graphprune.recover import Recipe
 from graphprune.rewrite import stream
-from graphprune.rewrite.folder import complete_or_nothing
+from graphprune.rewrite.folder import check_free, complete_or_nothing
 from graphprune.rewrite.record import RECORD
-from tests.models import llama, tokens
+from tests.models import bert, llama, tokens
 
 
 def net() -> nn.Module:
@@ -291,3 +295,76 @@ class Hidden(nn.Module):
 def test_a_budget_out_of_reach_says_what_the_code_hides() -> None:
     with pytest.raises(graphprune.errors.ModelLimit, match='emit="graph" would cut them'):
         compile(Hidden(), X, keep=0.5)
+
+
+def test_only_a_method_scores() -> None:
+    for name in ("protect_ends", "least_squares"):
+        with pytest.raises(UserMistake, match=f"{name} is no method"):
+            compile(net(), X, keep=0.5, method=name)
+
+
+def test_a_language_model_without_text_is_told_what_it_loses() -> None:
+    assert any("magnitude looks at weights alone" in note for note in compile(llama(), keep=0.8).notes)
+    assert not any("magnitude looks" in note for note in compile(llama(), keep=0.8, method="magnitude").notes)
+    assert default_for(llama(), True, streamed=True).method == "flap"
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers under an old name
+def test_what_is_behind_a_compiled_model_is_compiled_and_adapters_and_quantised_weights_are_not() -> None:
+    result = compile(torch.compile(llama()), keep=0.8)
+    assert type(result.model) is type(llama()) and result.pruned.config is not None
+    adapted = llama()
+    adapted.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    for held in (adapted, peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))):
+        with pytest.raises(UserMistake, match="adapter"):
+            compile(held, keep=0.8)
+    quantised = llama()
+    quantised.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(UserMistake, match=r"quantised \(gptq\)"):
+        compile(quantised, keep=0.8)
+    with pytest.raises(UserMistake, match="holds no batch"):
+        compile(llama(), keep=0.8, calibration=[])
+
+
+def test_a_quantised_checkpoint_is_not_streamed(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    with pytest.raises(UserMistake, match="quantised"):
+        graphprune.compile_streamed(tmp_path / "model", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_what_reads_from_left_to_right_has_a_perplexity() -> None:
+    def words(text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) % 50 for letter in text]}
+
+    def measured(model: nn.Module, length: int = 16) -> float:
+        return perplexity(model, words, ["some text " * 9], length=length).value
+
+    assert measured(llama()) > 1
+    for dtype in (torch.bfloat16, torch.float16):
+        assert measured(llama().to(dtype)) > 1
+    with pytest.raises(UserMistake, match="depend on the tokens after"):
+        measured(bert())
+    with pytest.raises(UserMistake, match="continues none"):
+        measured(transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=99, d_model=16, d_ff=16, num_layers=1)))
+    with pytest.raises(UserMistake, match="reads at most 20"):
+        measured(llama(max_position_embeddings=20), 32)
+
+
+def test_a_plan_tells_which_passes_it_cannot_say(tmp_path: Path) -> None:
+    text = [{"input_ids": tokens()}]
+    result = compile(llama(), keep=0.8, method="flap", calibration=text, passes=["least_squares:damping=1"])
+    result.plan.save(tmp_path / "graphprune_plan.json")
+    plan = load_plan(tmp_path)
+    assert plan.options["passes"] == ["least_squares"]
+    assert any("least_squares" in note for note in graphprune.replay(llama(), plan).notes)
+    assert "passes" not in compile(llama(), keep=0.8, method="magnitude").plan.options
+
+
+def test_where_nothing_can_be_written_nothing_begins(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserMistake, match="cannot be written"):
+        check_free(tmp_path / "file" / "out")
+    assert check_free(tmp_path / "a" / "b") == tmp_path / "a" / "b"

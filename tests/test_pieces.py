@@ -389,3 +389,16 @@ def test_a_model_that_is_its_own_stack_loses_layers_and_shares_nothing_with_what
     torch.testing.assert_close(result.model(x), expected)
     mine, theirs = (set(map(id, (*model.parameters(), *model.buffers()))) for model in (dense, result.model))
     assert mine.isdisjoint(theirs)
+
+
+def test_a_piece_that_need_not_have_gone_comes_back() -> None:
+    blocks = [Block(0), Block(1), Block(2)]
+    blocks[2].up, blocks[2].down = nn.Linear(8, 200), nn.Linear(200, 8)
+    model = nn.Sequential(*blocks)
+    plan = graphprune.compile(model, torch.randn(3, 8), kinds=["layer"], keep=0.6, method=ordered, verify=False).plan
+    (cut,) = plan.cuts
+    assert cut.kept == (0, 1)
+
+
+def ordered(model: nn.Module, layers: graphprune.Layers) -> graphprune.Scores:
+    return graphprune.Scores({group.name: torch.tensor([0.0, 2.0, 1.0]).double() for group in layers}, "ordered")

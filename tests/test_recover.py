@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +16,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import graphprune
 from graphprune import Calibration
 from graphprune.divergence import divergence
-from graphprune.errors import UserMistake
+from graphprune.errors import ModelLimit, UserMistake
 from graphprune.examples import IGNORED, Example, batches, read_examples
 from graphprune.recover import Recipe, linear_names, recipe_of, recover
 from graphprune.written import written
+from tests.models import tokens
 
 
 class Letters:
@@ -222,3 +225,39 @@ def test_mistakes_name_the_nearest_choice() -> None:
         recover(llama(), [{"question": "x"}], tokenizer=Letters())
     with pytest.raises(UserMistake, match="no linear layer"):
         recover(nn.Sequential(nn.Conv1d(2, 2, 1)), [{"input_ids": rows()}])
+
+
+def test_half_precision_is_trained_in_single_and_comes_back_as_it_was() -> None:
+    text = Calibration(({"input_ids": tokens() % 41},), "given")
+    trained = graphprune.recover(llama().half(), text, preset="ten-minutes", minutes=None, steps=3, written=0)
+    assert {parameter.dtype for parameter in trained.parameters()} == {torch.float16}
+    assert all(parameter.isfinite().all() for parameter in trained.parameters())
+
+
+def test_zeros_stay_zeros() -> None:
+    text = Calibration(({"input_ids": tokens() % 41},), "given")
+    sparse = graphprune.sparsify(llama(), text, method="magnitude", sparsity=0.5)
+    trained = graphprune.recover(sparse, text, preset="ten-minutes", minutes=None, steps=3, written=0)
+    moved = 0
+    for (name, before), (_, after) in zip(sparse.named_parameters(), trained.named_parameters(), strict=True):
+        if before.ndim > 1 and (before == 0).float().mean() > 0.4:
+            assert torch.equal(before == 0, after == 0), name
+            moved += int(not torch.equal(before, after))
+    assert moved == 7
+    with pytest.raises(UserMistake, match="fill the zeros"):
+        graphprune.recover(sparse, text, steps=1)
+
+
+def test_minutes_end_within_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10_000, 20))
+    monkeypatch.setattr(sys.modules["graphprune.recover"], "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    said: list[str] = []
+    rows = Calibration(tuple({"input_ids": tokens(seed) % 41} for seed in range(30)), "given")
+    graphprune.recover(llama(), rows, preset="ten-minutes", minutes=3, batch=8, micro=1, written=0, progress=said.append)
+    assert len(said) == 1
+
+
+def test_a_training_that_diverges_gives_nothing() -> None:
+    text = Calibration(({"input_ids": tokens() % 41},), "given")
+    with pytest.raises(ModelLimit, match="diverged"):
+        graphprune.recover(llama(), text, preset="ten-minutes", minutes=None, steps=4, written=0, lr=1e30)
