@@ -14,7 +14,10 @@ from graphprune.experts import STACKED
 from graphprune.exportable import GROUPED, experts_run
 from graphprune.facts import Emission, Notes
 from graphprune.fitting import Fitting
-from graphprune.groups import Groups, check_named
+from graphprune.groups import Group, Groups, check_named
+
+STREAMS = ("hidden", "channel")
+"""Kinds of widths that lie anywhere in a model."""
 
 ALIGNED = 16
 """Bytes that the rows of experts' matrices are multiples of in a grouped product."""
@@ -28,23 +31,42 @@ def narrow(model: nn.Module, groups: Groups, budget: Budget, emission: Emission,
         groups = _without_recomputed(groups, notes)
         kinds = tuple(kind for kind in kinds if kind in groups.kinds)
     groups = replace(groups, groups=tuple(group for group in groups if group.kind in kinds))
+    groups = _apart_from_idle(groups, notes) if emission.emit == "module" else groups
     if not len(groups):
         reasons = dict.fromkeys(frozen.reason.what for frozen in groups.frozen if frozen.members)
         why = "; ".join(list(reasons)[:3]) or "no parameter has a dimension that anything shares"
         raise ModelLimit(
             f"nothing in {groups.axes.trace.name} can be pruned", why=why, fix="graphprune inspect lists what is frozen"
         )
-    if emission.emit == "module" and (idle := _idle(groups)):
-        notes.lines.append(f"{', '.join(idle[:3])}{' …' if len(idle) > 3 else ''}: no part of the traced forward, left as they are")
     stock = isinstance(model, PreTrainedModel) and emission.emit == "module" and budget.alike and budget.kinds is None
     return _without_obstacles(Fitting(model, groups, budget), notes) if stock else groups  # type: ignore[arg-type]
 
 
-def _idle(groups: Groups) -> list[str]:
-    """The parameters that nothing traced reads, which code that only trains may."""
+def _apart_from_idle(groups: Groups, notes: Notes) -> Groups:
+    """Without the widths that parameters may read or write which no traced operation uses: code for training, or other inputs.
+
+    Which do, no trace tells; it may be those that have a dimension of the size of a stream, or of a width beside them.
+    """
     trace = groups.axes.trace
     read = {trace.tensors[node.name].name for node in trace.graph.nodes if node.name in trace.tensors and node.users}
-    return [name for name in trace.parameters if name not in read]
+    idle = {name: tensor.shape for name, tensor in trace.parameters.items() if name not in read}
+    if not idle:
+        return groups
+    bound = [group for group in groups if any(group.size in shape and _may_meet(group, name) for name, shape in idle.items())]
+    few = f"{', '.join(list(idle)[:3])}{' …' if len(idle) > 3 else ''}"
+    notes.lines.append(f"{few}: no part of the traced forward, left as they are")
+    if bound:
+        kinds = ", ".join(dict.fromkeys(group.kind for group in bound))
+        notes.lines.append(f'{len(bound)} groups ({kinds}) are left alone: those may have the same width; emit="graph" cuts them')
+    return replace(groups, groups=tuple(group for group in groups if group not in bound))
+
+
+def _may_meet(group: Group, name: str) -> bool:
+    """Whether a parameter that nothing reads may have the width of a group on it."""
+    if group.kind != "ffn":
+        return group.kind in STREAMS
+    beside = name.rpartition(".")[0].rpartition(".")[0]
+    return any(member.name.startswith(f"{beside}." if beside else "") for member in group.members)
 
 
 def _without_obstacles(fitting: Fitting, notes: Notes) -> Groups:

@@ -275,9 +275,31 @@ class Auxiliary(nn.Module):
         return (self.down(x), self.aside(x)) if self.training else self.down(x)
 
 
-def test_parameters_that_no_trace_sees_are_told() -> None:
-    assert any("aside.weight" in note for note in compile(Auxiliary().eval(), X, keep=0.5).notes)
+def test_widths_that_code_for_training_may_have_are_left_alone() -> None:
+    with pytest.raises(graphprune.errors.ModelLimit, match="nothing in Auxiliary can be pruned"):
+        compile(Auxiliary().eval(), X, keep=0.5)
+    graph = compile(Auxiliary().eval(), X, keep=0.5, emit="graph")
+    assert [len(cut.kept) for cut in graph.plan.cuts] == [8]
+    wider = Auxiliary().eval()
+    wider.aside = nn.Linear(5, 3)
+    result = compile(wider, X, keep=0.5)
+    assert any("aside.weight" in note for note in result.notes) and result.plan.cuts
     assert not compile(net(), X, keep=0.5).notes
+
+
+def test_a_stream_that_another_part_writes_into_stays_as_wide() -> None:
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    text = transformers.LlamaConfig(
+        vocab_size=99, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=5)).eval()
+    images = {"input_ids": torch.tensor([[1, *[5] * 16, 7, 8]]), "pixel_values": torch.randn(1, 3, 32, 32)}
+    for kinds in (None, ["ffn", "hidden"]):
+        result = compile(model, {"input_ids": torch.arange(6, 18)[None]}, keep=0.7, kinds=kinds)
+        assert {cut.kind for cut in result.plan.cuts} <= {"head", "ffn"}
+        assert result.model(**images).logits.shape == (1, 19, 99)
 
 
 class Hidden(nn.Module):
