@@ -34,7 +34,7 @@ def narrow(model: nn.Module, groups: Groups, budget: Budget, emission: Emission,
     groups = _apart_from_idle(groups, notes) if emission.emit == "module" else groups
     if not len(groups):
         reasons = dict.fromkeys(frozen.reason.what for frozen in groups.frozen if frozen.members)
-        why = "; ".join(list(reasons)[:3]) or "no parameter has a dimension that anything shares"
+        why = "; ".join([*notes.lines, *reasons][:3]) or "no parameter has a dimension that anything shares"
         raise ModelLimit(
             f"nothing in {groups.axes.trace.name} can be pruned", why=why, fix="graphprune inspect lists what is frozen"
         )

@@ -17,10 +17,10 @@ from graphprune.exportable import exportable
 from graphprune.facts import Example
 from graphprune.plan import PLAN
 from graphprune.ranks import leads
-from graphprune.rewrite.checkpoint import load, save_plain, save_transformers
+from graphprune.rewrite.checkpoint import load, save_plain
 from graphprune.rewrite.folder import complete_or_nothing
 from graphprune.rewrite.graph import PrunedGraph
-from graphprune.rewrite.record import make_record
+from graphprune.rewrite.record import make_record, save_transformers
 from graphprune.source import TOKENIZER_FILES, Source, quiet
 from graphprune.trace import as_call, open_sizes
 from graphprune.verify import SEED, Reference, close, leaves

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import graphprune
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.output import save_model
 from graphprune.plan import PLAN
-from graphprune.rewrite import checkpoint, module
+from graphprune.rewrite import module, record
 from tests.models import Residual, bert, gpt2, llama, residual, sharpened, tokens
 
 STRANGER = """
@@ -257,7 +258,7 @@ def test_nothing_is_written_over_or_left_behind(tmp_path: Path, monkeypatch: pyt
 def test_a_checkpoint_that_reloads_differently_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A class that recomputes something at load time must not slip through."""
     result = graphprune.compile(llama(), {"input_ids": tokens()}, keep=0.7)
-    original = checkpoint.save_transformers
+    original = record.save_transformers
 
     def tampered(model: Any, folder: Path) -> None:
         original(model, folder)
@@ -269,3 +270,19 @@ def test_a_checkpoint_that_reloads_differently_is_refused(tmp_path: Path, monkey
     with pytest.raises(ModelLimit, match="does not compute"):
         graphprune.save(result, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_whose_layers_differ_saves_itself_whole(tmp_path: Path) -> None:
+    ids = {"input_ids": tokens()}
+    result = graphprune.compile(llama(), ids, keep=0.6, method="random", alike=False, scope="global")
+    assert result.pruned.config is None
+    graphprune.save(result, tmp_path / "ours")
+    copies = {"in memory": result.model, "copied": copy.deepcopy(result.model), "loaded": graphprune.load(tmp_path / "ours")}
+    for factor, (name, model) in enumerate(copies.items(), 2):
+        model.lm_head.weight.data.mul_(factor)
+        model.save_pretrained(tmp_path / name)
+        opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=True)
+        torch.testing.assert_close(opened(**ids).logits, model(**ids).logits)
+    again = graphprune.compile(copies["loaded"], ids, keep=0.8, method="random")
+    again.model.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(graphprune.load(tmp_path / "again")(**ids).logits, again.model(**ids).logits)

@@ -45,8 +45,11 @@ def test_a_graph_keeps_the_slopes_of_the_heads_that_stay() -> None:
 
 def test_by_default_a_module_leaves_those_heads_alone_and_says_so() -> None:
     model, x = sharpened(LinearBias()).eval(), torch.randn(2, 5, 8)
-    result = compile(model, x, keep=0.7, method="random")
-    assert "head" not in {cut.kind for cut in result.plan.cuts}
+    with pytest.raises(ModelLimit, match="computes a constant over it"):
+        compile(model, x, keep=0.7, method="random")
+    beside = nn.Sequential(model, nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    result = compile(beside, x, keep=0.7, method="random")
+    assert {cut.kind for cut in result.plan.cuts} == {"ffn"}
     assert any("computes a constant over it" in note for note in result.notes)
 
 

@@ -81,7 +81,7 @@ def test_snip_is_the_sensitivity_of_the_whole_batch() -> None:
         labels = LABELS[:4] if torch.equal(inputs["x"], halves[0]["x"]) else LABELS[4:]
         return cross_entropy(model(**inputs), labels)
 
-    result = graphprune.compile(model, calibration=halves, method="snip", keep=0.7, options={"loss": loss}, kinds=["channel"])
+    result = graphprune.compile(model, calibration=halves, method="snip", keep=0.7, loss=loss, kinds=["channel"])
     scores = result.facts[graphprune.Scores]
     (loss(model, halves[0]) + loss(model, halves[1])).backward()  # type: ignore[no-untyped-call]
     weights = dict(model.named_parameters())

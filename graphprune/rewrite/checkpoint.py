@@ -20,36 +20,18 @@ from transformers import AutoConfig, PreTrainedModel
 
 from graphprune.errors import UserMistake, first_line
 from graphprune.rewrite import reshaped
-from graphprune.rewrite.record import RECORD, Record, read_model, record_of
+from graphprune.rewrite.record import RECORD, Record, class_path, read_model
 
-MODELLING = "modeling_pruned"
 WEIGHTS = "model.safetensors"
 
 
 # ── saving ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def save_transformers(model: PreTrainedModel, folder: Path) -> None:
-    """A checkpoint like any other of the model's class; with modelling code that heeds the record, where the config carries one."""
-    record = record_of(model.config)
-    if record is None:
-        model.save_pretrained(folder)
-        return
-    stock, mapped = stock_class(type(model)), hasattr(model.config, "auto_map")
-    try:
-        model.config.auto_map = _auto_map(stock)
-        model.save_pretrained(folder)
-    finally:
-        if not mapped:
-            del model.config.auto_map
-    (folder / f"{MODELLING}.py").write_text(_modelling(stock))
-    (folder / RECORD).write_text(json.dumps({"class": _path(stock)} | record))
-
-
 def save_plain(model: nn.Module, record: Record, folder: Path) -> None:
     """A plain module: its state and the record."""
     save_file(_apart(_distinct(model)), folder / WEIGHTS)
-    (folder / RECORD).write_text(json.dumps({"class": _path(type(model))} | record))
+    (folder / RECORD).write_text(json.dumps({"class": class_path(type(model))} | record))
 
 
 def _distinct(model: nn.Module) -> dict[str, Tensor]:
@@ -68,42 +50,6 @@ def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
         found[name] = tensor.clone(memory_format=contiguous_format) if memory in seen else tensor.contiguous()
         seen.add(memory)
     return found
-
-
-def _auto_map(cls: type) -> dict[str, str]:
-    names = [n for n in dir(transformers) if n.startswith("AutoModel") and isinstance(getattr(transformers, n), type)]
-    return {name: f"{MODELLING}.{cls.__name__}" for name in names if cls in _classes(getattr(transformers, name))}
-
-
-def _classes(auto: Any) -> list[type]:
-    mapping = getattr(auto, "_model_mapping", None)
-    if mapping is None:
-        return []
-    names = [n for value in mapping._model_mapping.values() for n in (value if isinstance(value, tuple | list) else [value])]
-    return [getattr(transformers, name, type(None)) for name in names]
-
-
-def _modelling(cls: type) -> str:
-    return (
-        Path(reshaped.__file__).read_text()
-        + f'''
-
-from {cls.__module__} import {cls.__name__} as Stock
-
-
-class {cls.__name__}(Reshaped, Stock):
-    """The stock class, whose name transformers knows its checkpoints by."""
-'''
-    )
-
-
-def stock_class(cls: type) -> type:
-    """The class of transformers that this is or is made of: that of modelling code which a checkpoint brought is not on its own."""
-    return next((base for base in cls.__mro__ if getattr(transformers, base.__name__, None) is base), cls)
-
-
-def _path(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 # ── loading ──────────────────────────────────────────────────────────────────────────────────────────────────────────

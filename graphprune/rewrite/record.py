@@ -5,16 +5,20 @@ Where no config describes a transformers model, its config carries the record, u
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import transformers
 from torch import nn, view_as_real
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from graphprune.errors import ModelLimit
 from graphprune.facts import Pruned
+from graphprune.rewrite import reshaped
 from graphprune.rewrite.reshaped import Reshaped
 
 Record = dict[str, Any]
@@ -22,6 +26,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 T = TypeVar("T")
 
 RECORD = "graphprune.json"
+MODELLING = "modeling_pruned"
 LARGEST_BUFFER = 65536
 """Elements of an unsaved buffer that a record may carry."""
 
@@ -43,6 +48,7 @@ def remember(pruned: Pruned, original: nn.Module) -> Pruned:
     if isinstance(pruned.model, PreTrainedModel) and pruned.config is None:
         with suppress(ModelLimit):
             pruned.model.config.pruned = make_record(pruned.model, original, pruned)
+            _save_by_record(pruned.model)
     return pruned
 
 
@@ -89,8 +95,15 @@ def read_model(cls: type[Model], folder: Path, config: PreTrainedConfig | None, 
     if record_of(config) is None:
         return cls.from_pretrained(folder, **options)
     found = heeding(cls).from_pretrained(folder, config=config, **options)
-    (found[0] if isinstance(found, tuple) else found).__class__ = cls
+    model = found[0] if isinstance(found, tuple) else found
+    model.__class__ = cls
+    _save_by_record(model)
     return found
+
+
+def _save_by_record(model: PreTrainedModel) -> None:
+    """Let ``save_pretrained``, whoever calls it (a Trainer, an upload), write what the class alone cannot load."""
+    model.save_pretrained = partial(save_transformers, model)  # type: ignore[method-assign]
 
 
 def build_model(cls: type[Model], config: PreTrainedConfig, **options: Any) -> Model:
@@ -103,3 +116,59 @@ def build_model(cls: type[Model], config: PreTrainedConfig, **options: Any) -> M
 def heeding(cls: type[Model]) -> type[Model]:
     """One like ``cls`` whose instances begin with the sizes that their config records."""
     return type(cls.__name__, (Reshaped, cls), {"__module__": cls.__module__})
+
+
+# ── saving ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def save_transformers(model: PreTrainedModel, folder: str | Path, **options: Any) -> None:
+    """``model.save_pretrained``; with modelling code that heeds the record beside it, where the config carries one."""
+    record, save = record_of(model.config), type(model).save_pretrained
+    if record is None:
+        save(model, folder, **options)
+        return
+    stock, mapped = stock_class(type(model)), hasattr(model.config, "auto_map")
+    try:
+        model.config.auto_map = _auto_map(stock)
+        save(model, folder, **options)
+    finally:
+        if not mapped:
+            del model.config.auto_map
+    (Path(folder) / f"{MODELLING}.py").write_text(_modelling(stock))
+    (Path(folder) / RECORD).write_text(json.dumps({"class": class_path(stock)} | record))
+
+
+def _auto_map(cls: type) -> dict[str, str]:
+    names = [n for n in dir(transformers) if n.startswith("AutoModel") and isinstance(getattr(transformers, n), type)]
+    return {name: f"{MODELLING}.{cls.__name__}" for name in names if cls in _classes(getattr(transformers, name))}
+
+
+def _classes(auto: Any) -> list[type]:
+    mapping = getattr(auto, "_model_mapping", None)
+    if mapping is None:
+        return []
+    names = [n for value in mapping._model_mapping.values() for n in (value if isinstance(value, tuple | list) else [value])]
+    return [getattr(transformers, name, type(None)) for name in names]
+
+
+def _modelling(cls: type) -> str:
+    return (
+        Path(reshaped.__file__).read_text()
+        + f'''
+
+from {cls.__module__} import {cls.__name__} as Stock
+
+
+class {cls.__name__}(Reshaped, Stock):
+    """The stock class, whose name transformers knows its checkpoints by."""
+'''
+    )
+
+
+def stock_class(cls: type) -> type:
+    """The class of transformers that this is or is made of: that of modelling code which a checkpoint brought is not on its own."""
+    return next((base for base in cls.__mro__ if getattr(transformers, base.__name__, None) is base), cls)
+
+
+def class_path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
