@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from graphprune.device import beside, finished, where
 from graphprune.errors import ModelLimit, UserMistake
-from graphprune.written import decode, inference
+from graphprune.written import check_length, decode, inference
 
 SHORT, LONG = 3, 11
 """Two lengths of text; what the cache grows by between them is what a token costs."""
@@ -107,6 +107,8 @@ def figures(
     timed: dict[str, tuple[Speed, Speed | None]]
     if inputs is None:
         ids = prompt if isinstance(prompt, Tensor) else _random_prompt(models.values(), prompt, 0)
+        for name, model in models.items():
+            check_length(model, ids.shape[1] + new_tokens, name)
         timed = {
             name: (row.prefill, row.decode)
             for name, row in speed(models, prompt=ids, new_tokens=new_tokens, repeats=repeats).items()

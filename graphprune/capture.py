@@ -208,5 +208,5 @@ def _refuse_strangers(trace: Trace, flat: tuple[Any, ...]) -> None:
         raise UserMistake(
             "calibration inputs do not look like the example inputs",
             why=f"{_shapes(flat)}, where the model was traced on {_shapes(trace.example)}",
-            fix="leave example_inputs out: the first calibration batch is then the example",
+            fix="batches alike but for their rows, and no other example_inputs: the first batch is then the example",
         )

@@ -37,7 +37,7 @@ from graphprune.replay import replay
 from graphprune.report import side_by_side
 from graphprune.rewrite.folder import check_free
 from graphprune.source import open_source
-from graphprune.sparse import pattern_of
+from graphprune.sparse import SPARSE, pattern_of
 from graphprune.streamed import compile_streamed
 from graphprune.trace import trace
 from graphprune.words import calibration_for, device_of, dtype_of, enable_checkpointing, harness, listed, shares_of
@@ -237,8 +237,8 @@ def sparsify_(
         )
         show("saving")
         save_model(sparse, output, source)
-    shares = zeros(sparse).values()
-    out.print(f"{output}: {len(shares)} tensors, {sum(share > 0 for share in shares)} of them sparse", highlight=False)
+    shares = [share for share in zeros(sparse).values() if share >= SPARSE]
+    out.print(f"{output}: {len(shares)} sparse tensors, {sum(shares) / max(1, len(shares)):.1%} zeros", highlight=False)
 
 
 @app.command("recover")

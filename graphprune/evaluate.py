@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from graphprune.data import Calibration, refuse_overlap, tokenize
 from graphprune.device import where
 from graphprune.errors import UserMistake, nearest
-from graphprune.written import check_causal, decode, inference, logits_of
+from graphprune.written import check_causal, check_length, decode, inference, logits_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +88,7 @@ def perplexity(
     """
     how = protocol or Protocol(length, stride, join, bos, limit=limit)
     check_causal(model)
-    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(most, int) and how.length > most:
-        raise UserMistake(f"windows of {how.length} tokens", why=f"the model reads at most {most}", fix=f"length={most}")
+    check_length(model, how.length)
     if calibration is not None:
         refuse_overlap(calibration, texts)
     windows = _windows(tokenize(tokenizer, how.join.join(texts), how.special), how)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import product
 from typing import Any
 
@@ -16,13 +14,13 @@ from torch._export.utils import _compiling_state_context
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers import PreTrainedConfig
 
+from graphprune import quiet
 from graphprune.device import where
 from graphprune.errors import ModelLimit, UserMistake, first_line
 from graphprune.exportable import exportable
 from graphprune.repeat import Repeats
 from graphprune.written import ordinary_ids
 
-FAKE_LOG = "torch._subclasses.fake_tensor"
 BATCHES = (2, 3, 5, 7, 11)
 LENGTHS = (13, 17, 19, 23, 29, 31, 37)
 POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")
@@ -176,7 +174,7 @@ def _refusal(model: nn.Module, inputs: Mapping[str, Tensor]) -> Exception | None
     shadow = copy.deepcopy(model, weightless)
     watched = Repeats(shadow, marked=False).watching()
     try:
-        with mode, torch.no_grad(), _unlogged(FAKE_LOG), exportable(shadow), _compiling_state_context(), watched:
+        with mode, torch.no_grad(), quiet.tracing(), exportable(shadow), _compiling_state_context(), watched:
             shadow(**fed)
     except Exception as error:  # noqa: BLE001 (whatever it raises is its answer)
         return error
@@ -186,14 +184,3 @@ def _refusal(model: nn.Module, inputs: Mapping[str, Tensor]) -> Exception | None
 def _blank(tensor: Tensor) -> Tensor:
     blank = torch.empty(tensor.shape, dtype=tensor.dtype)
     return nn.Parameter(blank, requires_grad=False) if isinstance(tensor, nn.Parameter) else blank
-
-
-@contextmanager
-def _unlogged(name: str) -> Iterator[None]:
-    """Keep a logger silent about what is about to be tried."""
-    logger = logging.getLogger(name)
-    was, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = was

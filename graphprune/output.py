@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from graphprune import quiet
 from graphprune.compiler import Result
 from graphprune.device import beside, drawing, where
 from graphprune.errors import ModelLimit, UserMistake
@@ -21,7 +22,7 @@ from graphprune.rewrite.checkpoint import load, save_plain
 from graphprune.rewrite.folder import complete_or_nothing
 from graphprune.rewrite.graph import PrunedGraph
 from graphprune.rewrite.record import make_record, save_transformers
-from graphprune.source import TOKENIZER_FILES, Source, quiet
+from graphprune.source import TOKENIZER_FILES, Source
 from graphprune.trace import as_call, open_sizes
 from graphprune.verify import SEED, Reference, close, leaves
 
@@ -35,7 +36,7 @@ def save(result: Result, out: str | Path, source: Source | None = None) -> Path:
     """
     if not leads():
         return Path(out)
-    with complete_or_nothing(out) as folder, quiet():
+    with complete_or_nothing(out) as folder, quiet.loading():
         _write(result, folder)
         result.plan.save(folder / PLAN)
         if source is not None and source.path is not None:
@@ -51,7 +52,7 @@ def save_model(model: nn.Module, out: str | Path, source: Source) -> Path:
         raise UserMistake(f"{type(model).__name__} is no transformers model", fix="save its state_dict from Python")
     if not leads():
         return Path(out)
-    with complete_or_nothing(out) as folder, quiet():
+    with complete_or_nothing(out) as folder, quiet.loading():
         save_transformers(model, folder)
         _copy_tokenizer(source, folder)
     return Path(out)

@@ -25,10 +25,8 @@ from graphprune.errors import ModelLimit, UserMistake, nearest
 from graphprune.examples import IGNORED, Data, Example, batches, collate, read_examples
 from graphprune.pipeline import Progress
 from graphprune.ranks import add_gradients, dealt, told
+from graphprune.sparse import SPARSE
 from graphprune.written import check_causal, inference, logits_of, written
-
-SPARSE = 0.05
-"""From this share of zeros on a weight is sparse, and stays so."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,9 @@ A spec is a transformers checkpoint directory, a GGUF file, a hub name, a config
 
 from __future__ import annotations
 
-import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,9 +21,9 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
-from transformers import logging as transformers_logging
 from transformers.utils.quantization_config import GgufConfig
 
+from graphprune import quiet
 from graphprune.errors import ModelLimit, UserMistake, first_line
 from graphprune.factory import make, siblings, which
 from graphprune.inputs import guess_inputs, named
@@ -270,26 +268,10 @@ def _check_shard(file: Path) -> None:
 def _guarded(where: Path, load: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
     """Call a loader of transformers, quietly, and turn whatever it raises into a model limit."""
     try:
-        with quiet():
+        with quiet.loading():
             return load(*args, **options)
     except Exception as error:
         raise ModelLimit("transformers cannot load this model", at=str(where), why=first_line(error)) from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and no advice from transformers while it loads."""
-    noise: Any = transformers_logging
-    level, bars = noise.get_verbosity(), noise.is_progress_bar_enabled()
-    noise.set_verbosity_error()
-    noise.disable_progress_bar()
-    try:
-        with redirect_stderr(io.StringIO()):  # the GGUF reader's bar heeds no setting
-            yield
-    finally:
-        noise.set_verbosity(level)
-        if bars:
-            noise.enable_progress_bar()
 
 
 def _load_tokenizer(path: Path) -> Any:

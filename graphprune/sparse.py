@@ -55,11 +55,17 @@ class Sparse:
     values: Tensor
 
 
+SPARSE = 0.05
+"""From this share of zeros on a weight is called sparse."""
+
+
 def pattern_of(sparsity: float | None, pattern: str | None) -> Pattern:
     """A share of zeros, or ``n:m``: n of every m consecutive inputs stay. Raises UserMistake on anything else."""
     if pattern is not None:
         found = re.fullmatch(r"(\d+):(\d+)", pattern)
-        if sparsity is not None or found is None or not 0 < int(found[1]) < int(found[2]):
+        if sparsity is not None:
+            raise UserMistake(f"the pattern {pattern} is a share of zeros already", fix="leave out the sparsity")
+        if found is None or not 0 < int(found[1]) < int(found[2]):
             raise UserMistake(f"no pattern: {pattern!r}", fix="2:4 keeps 2 of every 4, 4:8 is half as strict; or sparsity=0.5")
         return Pattern(1 - int(found[1]) / int(found[2]), int(found[2]))
     share = 0.5 if sparsity is None else sparsity

@@ -23,6 +23,7 @@ from graphprune.facts import Emission, Example, Notes, Pruned
 from graphprune.groups import Groups, couple
 from graphprune.narrow import narrow, stock_steps
 from graphprune.parts import Place, layout
+from graphprune.pieces import WHOLE
 from graphprune.pipeline import Pass, Progress, find_pass, find_scorer, run
 from graphprune.plan import PLAN, Plan
 from graphprune.programs import same_program
@@ -99,6 +100,8 @@ def compile_streamed(
     if source.path is None or not source.path.is_dir() or not isinstance(source.model, PreTrainedModel):
         raise UserMistake(f"{checkpoint} is no checkpoint directory", fix="give the directory that save_pretrained wrote")
     prunable(source.model)
+    if not set(WHOLE).isdisjoint(kinds or ()):
+        raise UserMistake("whole pieces are removed in memory", fix="leave out --stream")
     check_described(source.model.config)
     inputs = source.example_inputs() if calibration is None else _weightless(calibration.inputs[0])
     budget = Budget(keep, keep_of, scope, kinds, protect, round_to, minimum, True, dict(target or {}))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from io import StringIO
 from itertools import chain
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.export.graph_signature import InputKind
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from graphprune import quiet
 from graphprune.composed import write_out_composed
 from graphprune.device import CPU, beside, where
 from graphprune.errors import ModelLimit, UserMistake, first_line
@@ -225,7 +225,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
         except Exception:  # noqa: BLE001  whatever stands against open sizes, fixed ones are the answer
             return _export(model, args, kwargs, False)
     try:
-        with redirect_stderr(StringIO()):  # torch prints the graph so far before it raises
+        with quiet.tracing():
             return export(model, args, kwargs, strict=False)
     except Exception as error:
         raise _export_failure(model, error) from error

@@ -80,6 +80,13 @@ def check_causal(model: nn.Module, what: str = "the model") -> None:
         raise UserMistake(f"{what} is no causal language model", why="its predictions depend on the tokens after them")
 
 
+def check_length(model: nn.Module, tokens: int, what: str = "the model") -> None:
+    """Raise UserMistake where a text is longer than a model's config says that it can read."""
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(most, int) and tokens > most > 0:
+        raise UserMistake(f"a text of {tokens} tokens", why=f"{what} reads at most {most}", fix="give shorter ones")
+
+
 def ordinary_ids(vocabulary: int, special: Iterable[int], shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
     """Random token ids, none of them special where there are others."""
     allowed = torch.ones(vocabulary, dtype=torch.bool)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import chain
-from logging import CRITICAL
 from operator import getitem
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -22,7 +20,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.utils import logging
+
+from graphprune import quiet
 
 Path = tuple[str | int, ...]  # where a setting stands in the config: ("text_config", "hidden_size"), ("depths", 2)
 Dim = tuple[str, int]  # a tensor's name and dimension; dimension -1 stands for the tensor's existence
@@ -43,7 +42,7 @@ def build_meta(cls: type[Model], config: PreTrainedConfig) -> Model:
 
 def _built(cls: type[Model], config: PreTrainedConfig) -> Model:
     """The same from the config itself, which the model may change."""
-    with quiet(), torch.device("meta"), no_init_weights():
+    with quiet.building(), torch.device("meta"), no_init_weights():
         model: Model = cls._from_config(config)  # type: ignore[no-untyped-call]
         model.tie_weights()
     return model
@@ -51,7 +50,7 @@ def _built(cls: type[Model], config: PreTrainedConfig) -> Model:
 
 def build_empty(cls: type[Model], config: PreTrainedConfig) -> Model:
     """The same, but for the buffers that the constructor computes: they are there."""
-    with quiet(), init_empty_weights(include_buffers=False), _Unfilled(), no_init_weights():
+    with quiet.building(), init_empty_weights(include_buffers=False), _Unfilled(), no_init_weights():
         model: Model = cls._from_config(deepcopy(config)).train(False)  # type: ignore[no-untyped-call]
     return model
 
@@ -90,7 +89,7 @@ class Blueprint:
         settings = self.settings()
         for path, value in changes.items():
             lookup(settings, path[:-1])[path[-1]] = value
-        with quiet():
+        with quiet.building():
             return self.config_cls.from_dict(settings, **({} if like is None else _kernels(like)))
 
     def response(self, changes: Changes, *, through_file: bool = False) -> Sizes | None:
@@ -111,7 +110,7 @@ class Blueprint:
         return self.refusals.get(_key(changes))
 
     def _reload(self, changes: Changes) -> PreTrainedConfig:
-        with quiet(), TemporaryDirectory() as folder:
+        with quiet.building(), TemporaryDirectory() as folder:
             self.config(changes).save_pretrained(folder)
             return self.config_cls.from_pretrained(folder)
 
@@ -201,19 +200,3 @@ def _listening(config: PreTrainedConfig) -> Iterator[list[Path]]:
         yield heard
     finally:
         delattr(PreTrainedConfig, "__getattr__")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Trial builds say nothing."""
-    level = logging.get_verbosity()
-    if level == CRITICAL:
-        yield
-        return
-    logging.set_verbosity(CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)

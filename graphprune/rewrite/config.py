@@ -15,8 +15,9 @@ from itertools import chain, islice
 import networkx as nx
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from graphprune import quiet
 from graphprune.errors import ModelLimit, UserMistake, nearest
-from graphprune.rewrite.blueprint import Blueprint, Changes, Dim, Path, Sizes, dims, is_number, leaves, quiet
+from graphprune.rewrite.blueprint import Blueprint, Changes, Dim, Path, Sizes, dims, is_number, leaves
 from graphprune.rewrite.probe import Few, Field, Probe, described, probe
 
 Step = tuple[Path, int]  # a field, and its new value
@@ -103,7 +104,7 @@ def fit(
 ) -> PreTrainedConfig:
     """The first of ``candidates`` that ``accept`` takes; without it, the first."""
     refused = 0
-    with quiet():
+    with quiet.building():
         for config in candidates(model, shapes, numbers):
             if accept is None or accept(config):
                 return config

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from graphprune import quiet
 from graphprune.axes import Factor, Keep
 from graphprune.errors import ModelLimit
 from graphprune.patterns import unnumbered
 from graphprune.propagate import Axes
-from graphprune.rewrite.blueprint import Changes, Sizes, build_empty, leaves, quiet
+from graphprune.rewrite.blueprint import Changes, Sizes, build_empty, leaves
 from graphprune.rewrite.config import STEPS, candidates, fit, named, proven, sketched
 from graphprune.rewrite.module import adopt
 from graphprune.rewrite.probe import described
@@ -80,7 +81,7 @@ def same_buffers(smaller: nn.Module, built: nn.Module) -> bool:
 
 def expressible(model: PreTrainedModel, axes: Axes, keep: Keep) -> None:
     """Raise ModelLimit, with the reason, when no config field can express these sizes. Runs nothing, needs no weights."""
-    with quiet():
+    with quiet.building():
         next(candidates(model, shapes_after(axes, keep), numbers(axes, keep)))
 
 
@@ -93,7 +94,7 @@ def obviously_expressible(model: PreTrainedModel, axes: Axes, tried: Sequence[Se
     places: list[int] = []
     together: dict[Factor, Sequence[int]] = {}
     changes: Changes = {}
-    with quiet(), suppress(ModelLimit):
+    with quiet.building(), suppress(ModelLimit):
         whole, few = described(model)
 
         def sketch(keep: Keep) -> Changes | None:
@@ -112,7 +113,7 @@ def obviously_expressible(model: PreTrainedModel, axes: Axes, tried: Sequence[Se
 
 def sketchable(model: PreTrainedModel, axes: Axes, keep: Keep) -> bool:
     """Whether fields that hold the sizes which change express a cut, as far as two layers tell, where those stand for all."""
-    with quiet(), suppress(ModelLimit):
+    with quiet.building(), suppress(ModelLimit):
         return any(True for _ in sketched(*described(model), shapes_after(axes, keep), numbers(axes, keep)))
     return False
 
@@ -128,14 +129,14 @@ def moved(model: PreTrainedModel, axes: Axes, keep: Keep) -> Iterator[Places]:
 
 def held(model: PreTrainedModel) -> set[int]:
     """The numbers that stand in a model's config, none where it does not describe the model."""
-    with quiet(), suppress(ModelLimit):
+    with quiet.building(), suppress(ModelLimit):
         return {value for _, value in leaves(described(model)[0].settings()) if isinstance(value, int)}
     return set()
 
 
 def spelled(model: PreTrainedModel, sizes: Sizes) -> Places:
     """Dimensions and their sizes, without the numbers of layers where two layers stand for all."""
-    with quiet():
+    with quiet.building():
         few = described(model)[1]
     return {(unnumbered(name) if few else name, dim, size) for (name, dim), size in sizes.items()}
 
