@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from graphprune.axes import Axis, Keep
 from graphprune.budget import Budget
 from graphprune.collecting import settled
-from graphprune.compiler import prunable, seeded, traced, with_extras
+from graphprune.compiler import prunable, seeded, traced, with_extras, with_repairs
 from graphprune.data import Calibration
 from graphprune.device import beside, drawing
 from graphprune.disk import Checkpoint, OnDisk, given_back
@@ -108,7 +108,11 @@ def compile_streamed(
     notes: list[str] = []
     stages = [Pass(stage) for stage in (traced, propagate, couple, narrow, stock_steps, on_disk)]
     stages += [] if plan is not None else [find_scorer(method, **seeded(method, options or {}, seed)), Pass(select)]
-    stages = with_extras([*stages, Pass(write)], [find_pass(extra) for extra in passes])
+
+    def with_names(plan: Plan) -> Plan:
+        return with_repairs(plan, stages)
+
+    stages = with_extras([*stages, Pass(with_names), Pass(write)], [find_pass(extra) for extra in passes])
     given = {nn.Module: source.model, Example: Example(inputs), Emission: Emission(), Notes: Notes(notes), Budget: budget}
     given |= {} if plan is None else {Plan: plan}
     if calibration is not None:
