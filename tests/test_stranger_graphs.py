@@ -1,0 +1,230 @@
+"""What a graph was not traced for it refuses; a number that is no size stays; both held to the plain computation."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphprune
+from graphprune.errors import UserMistake
+
+
+def emitted(model: nn.Module, example: Any, **options: Any) -> tuple[Any, Any]:
+    """The same cut as a graph and as a module."""
+    graph, module = (
+        graphprune.compile(model, example, keep=0.5, method="magnitude", emit=emit, **options).model for emit in ("graph", "module")
+    )
+    return graph, module.eval()
+
+
+def refuses(call: Callable[[], Any], *words: str) -> None:
+    with pytest.raises(UserMistake) as caught:
+        call()
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+# ── a graph is called like the original ──────────────────────────────────────────────────────────────────────────────
+
+
+class Mean(nn.Module):
+    """Sizes of the picture and an argument end in the numbers of the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor, scale: float = 1.0, half: bool = False) -> Tensor:
+        h = self.a(x).relu()
+        h = self.o(h.flatten(2).sum(-1) / (h.shape[2] * h.shape[3])) * scale
+        return h / 2 if half else h
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_graph_takes_what_it_was_traced_for_and_nothing_else() -> None:
+    x = torch.randn(2, 3, 16, 16)
+    graph, module = emitted(Mean().eval(), (x, 1.0))
+    for rows in (1, 2, 7):
+        more = torch.randn(rows, 3, 16, 16)
+        for found in (graph(more, 1.0), graph(more), graph(scale=1.0, x=more), graph(more, half=False)):
+            torch.testing.assert_close(found, module(more))
+    refuses(lambda: graph(torch.randn(2, 3, 32, 32)), "x is a tensor (2, 3, 32, 32)", "(any, 3, 16, 16)", "fix")
+    refuses(lambda: graph(x[0]), "x is a tensor (3, 16, 16)")
+    refuses(lambda: graph(x, 3.0), "scale is 3.0", "traced on 1.0")
+    refuses(lambda: graph(x, True), "scale is True")
+    refuses(lambda: graph(x, None), "scale is None")
+    refuses(lambda: graph(1.0), "x is 1.0", "a tensor")
+    refuses(lambda: graph(x, half=True), "half")
+    refuses(lambda: graph(x, scales=1.0), "scales", "did you mean scale?")
+    refuses(lambda: graph(scale=1.0), "x is missing")
+    refuses(lambda: graph(x, x=x), "x is given twice")
+    refuses(lambda: graph([x]), "another way")
+    refuses(lambda: graph(x.double()), "float64", "float32")
+    torch.testing.assert_close(copy.deepcopy(graph).double()(x.double()), copy.deepcopy(module).double()(x.double()))
+    torch.testing.assert_close(pickle.loads(pickle.dumps(graph))(x), module(x))
+
+
+def test_numbers_that_are_none_are_alike() -> None:
+    class Filled(Mean):
+        def forward(self, x: Tensor, scale: float = 1.0, half: bool = False) -> Tensor:
+            return super().forward(x).nan_to_num(scale)
+
+    nan = float("nan")
+    graph, module = emitted(Filled().eval(), (x := torch.randn(2, 3, 8, 8), nan))
+    torch.testing.assert_close(graph(x, nan), module(x, nan))
+    refuses(lambda: graph(x, 1.0), "scale is 1.0")
+
+
+class Counted(nn.Module):
+    """The number of rows ends in the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o = nn.Linear(6, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.a(x).relu()) / len(x)
+
+
+class Carried(nn.Module):
+    """States of as many rows as the example has: with more, torch writes past their end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.cell, self.o = nn.Linear(6, 12), nn.LSTM(12, 24, 2, batch_first=True), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = torch.zeros(2, len(x), 24)
+        return self.o(self.cell(self.a(x), (start, start))[0])
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes")
+@pytest.mark.parametrize(("build", "shape"), [(Counted, (3, 6)), (Carried, (3, 4, 6))])
+def test_rows_that_the_code_counts_are_fixed_in_the_graph_and_in_its_file(
+    build: type[nn.Module], shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    x, more = torch.randn(shape), torch.randn(17, *shape[1:])
+    result = graphprune.compile(build().eval(), x, keep=0.5, emit="graph")
+    graphprune.save(result, tmp_path / "out")
+    loaded: Any = torch.export.load(tmp_path / "out" / "model.pt2").module()
+    torch.testing.assert_close(loaded(x), result.model(x))
+    refuses(lambda: result.model(more), f"x is a tensor ({', '.join(map(str, more.shape))})")
+    with pytest.raises(Exception, match="3"):
+        loaded(more)
+
+
+class Paired(nn.Module):
+    """Rows in pairs, two inputs of one size, a branch for long ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, u: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tensor:
+        h = self.o(self.a(u).relu()) + 3 * v
+        h = h * 2 if h.shape[1] > 20 else h
+        h = h.view(h.shape[0] // 2, 2, h.shape[1], 8)
+        return h if bias is None else h + bias
+
+
+def test_open_sizes_keep_the_conditions_of_the_trace(tmp_path: Path) -> None:
+    u, v = torch.randn(6, 5, 8), torch.randn(6, 5, 8)
+    result = graphprune.compile(model := Paired().eval(), (u, v), keep=0.5, emit="graph", method="magnitude")
+    module = graphprune.compile(model, (u, v), keep=0.5, method="magnitude").model
+    graphprune.save(result, tmp_path / "out")
+    loaded: Any = torch.export.load(tmp_path / "out" / "model.pt2").module()
+    others = torch.randn(8, 9, 8), torch.randn(8, 9, 8)
+    for graph in (result.model, loaded):
+        torch.testing.assert_close(graph(*others), module(*others))
+    for wrong, words in [
+        ((u, v[:4]), ("u.shape[0] = 6, ", "v.shape[0] = 4", "v.shape[0] == u.shape[0]")),
+        ((u[:3], v[:3]), ("u.shape[0] = 3",)),
+        ((torch.randn(6, 21, 8), torch.randn(6, 21, 8)), (".shape[1] <= 20",)),
+    ]:
+        refuses(lambda given=wrong: result.model(*given), "the graph is not for these sizes", *words)
+        with pytest.raises((AssertionError, RuntimeError)):
+            loaded(*wrong)
+
+
+def test_keywords_go_by_name_whatever_their_order() -> None:
+    u, v = torch.randn(6, 5, 8), torch.randn(6, 5, 8)
+    graph, module = emitted(Paired().eval(), {"v": v, "u": u})
+    wanted = module(u, v)
+    for found in (graph(u, v), graph(u, v=v), graph(u=u, v=v), graph(v=v, u=u), graph(u, v, bias=None)):
+        torch.testing.assert_close(found, wanted)
+    refuses(lambda: graph(u, v, bias=u), "bias")
+    flat = graph.trace.flatten({"u": u, "v": v})
+    assert [id(value) for value in flat] == [id(v), id(u)]
+
+
+class Several(nn.Module):
+    """As many inputs as there come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        return self.o(self.a(torch.stack(xs).sum(0)).relu())
+
+
+def test_several_inputs_of_one_name_keep_their_rows_open() -> None:
+    graph, module = emitted(Several().eval(), (torch.randn(3, 8), torch.randn(3, 8)))
+    others = torch.randn(5, 8), torch.randn(5, 8)
+    torch.testing.assert_close(graph(*others), module(*others))
+    refuses(lambda: graph(*others, others[0]), "no argument 2")
+    refuses(lambda: graph(others[0]), "1 is missing")
+
+
+def test_a_graph_compiles_and_keeps_its_checks() -> None:
+    u, v = torch.randn(6, 5, 8), torch.randn(6, 5, 8)
+    graph, module = emitted(Paired().eval(), (u, v))
+    compiled = torch.compile(graph, backend="eager", fullgraph=True)
+    for rows in (6, 8, 10):
+        others = torch.randn(rows, 9, 8), torch.randn(rows, 9, 8)
+        torch.testing.assert_close(compiled(*others), module(*others))
+
+
+# ── a graph is a module ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Turning(nn.Module):
+    """A frozen layer, a complex parameter, and what training would change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.o = nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Linear(16, 5)
+        self.turn = nn.Parameter(torch.polar(torch.ones(5), torch.arange(5.0)))
+        self.a.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.o(nn.functional.dropout(self.norm(self.a(x)).relu(), training=self.training)) * self.turn).real
+
+
+def test_a_graph_has_no_training_mode() -> None:
+    graph, _ = emitted(Turning(), x := torch.randn(4, 6))
+    assert not any(module.training for module in graph.modules())
+    refuses(lambda: graph.train(), "no training mode", "fix")
+    refuses(lambda: nn.Sequential(graph).train(), "no training mode")
+    assert torch.equal(graph.eval()(x), graph.train(False)(x))
+
+
+def test_parameters_of_a_graph_train_as_the_originals_do() -> None:
+    model = Turning().eval()
+    before = copy.deepcopy(model.state_dict())
+    graph, module = emitted(model, x := torch.randn(4, 6))
+    wanted = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    body = {name.removeprefix("body."): parameter for name, parameter in graph.named_parameters()}
+    assert {name: parameter.requires_grad for name, parameter in body.items()} == wanted
+    assert not wanted["a.weight"] and wanted["turn"]
+    graph(x).sum().backward()
+    assert body["turn"].grad is not None and body["a.weight"].grad is None
+    torch.optim.SGD(graph.parameters(), lr=0.1).step()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
