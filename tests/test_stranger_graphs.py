@@ -228,3 +228,77 @@ def test_parameters_of_a_graph_train_as_the_originals_do() -> None:
     torch.optim.SGD(graph.parameters(), lr=0.1).step()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+# ── numbers that are no sizes ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_padding_index_that_equals_a_width_stays() -> None:
+    model = nn.Sequential(nn.Embedding(100, 16, padding_idx=16), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 5))
+    smaller: Any = graphprune.compile(model, torch.randint(0, 100, (2, 7)), keep=0.5).model
+    table = smaller[0]
+    assert table.padding_idx == 16 and table.embedding_dim == table.weight.shape[1] < 16
+    assert f"Embedding(100, {table.embedding_dim}, padding_idx=16)" in repr(smaller)
+
+
+def test_what_torchs_layers_keep_beside_their_sizes_stays() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=8, dilation=8), nn.ReLU(), nn.Conv2d(8, 8, 8, stride=8, padding=8, groups=8), nn.Conv2d(8, 4, 1)
+    )
+    x = torch.randn(2, 3, 16, 16)
+    smaller: Any = graphprune.compile(model, x, keep=0.5).model
+    assert (smaller[0].padding, smaller[0].dilation) == ((8, 8), (8, 8))
+    assert (smaller[2].kernel_size, smaller[2].stride, smaller[2].padding) == ((8, 8), (8, 8), (8, 8))
+    width = len(smaller[0].weight)
+    assert smaller[2].groups == smaller[2].in_channels == smaller[2].out_channels == smaller[3].in_channels == width < 8
+
+
+class Windowed(nn.Module):
+    """As many heads as a token sees neighbours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.window, self.width = 8, 8, 32
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, tokens, _ = x.shape
+        q, k, v = (part(x).view(rows, tokens, self.heads, 4).transpose(1, 2) for part in (self.q, self.k, self.v))
+        place = torch.arange(tokens)
+        near = (place[:, None] - place[None]).abs() < self.window
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=near)
+        return self.o(mixed.transpose(1, 2).flatten(2))
+
+
+class Truncating(nn.Module):
+    """As many tokens at the most as a projection is wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.max_len, self.a = 16, nn.Linear(6, 16)
+        self.down = nn.Parameter(torch.randn(16, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x[:, : self.max_len]).relu() @ self.down
+
+
+def test_a_window_that_equals_the_number_of_heads_stays() -> None:
+    model = Windowed().eval()
+    smaller: Any = graphprune.compile(model, torch.randn(2, 4, 32), keep=0.5, kinds=["head"]).model
+    assert smaller.heads < 8 and smaller.window == 8
+    x = torch.randn(2, 12, 32)
+    zeroed = copy.deepcopy(model)
+    gone = [not any(torch.equal(column, other) for other in smaller.o.weight.T) for column in model.o.weight.T]
+    zeroed.o.weight.data[:, gone] = 0
+    torch.testing.assert_close(smaller(x), zeroed(x))
+
+
+def test_a_length_that_equals_a_width_stays() -> None:
+    model = Truncating().eval()
+    smaller: Any = graphprune.compile(model, torch.randn(2, 5, 6), keep=0.5).model
+    assert smaller.max_len == 16 and len(smaller.down) < 16
+    x = torch.randn(2, 14, 6)
+    zeroed = copy.deepcopy(model)
+    gone = [not any(torch.equal(row, other) for other in smaller.down) for row in model.down]
+    zeroed.down.data[gone] = 0
+    torch.testing.assert_close(smaller(x), zeroed(x))
