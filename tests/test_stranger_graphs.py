@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -302,3 +303,69 @@ def test_a_length_that_equals_a_width_stays() -> None:
     gone = [not any(torch.equal(row, other) for other in smaller.down) for row in model.down]
     zeroed.down.data[gone] = 0
     torch.testing.assert_close(smaller(x), zeroed(x))
+
+
+# ── where numbers are kept, and what is loaded back ──────────────────────────────────────────────────────────────────
+
+
+class Slotted:
+    """Sizes in slots, of a class and of the one it is made of."""
+
+    __slots__ = ("heads",)
+
+    def __init__(self, heads: int) -> None:
+        self.heads = heads
+
+
+class More(Slotted):
+    __slots__ = ("width",)
+
+    def __init__(self, heads: int, width: int) -> None:
+        super().__init__(heads)
+        self.width = width
+
+
+class Headed(nn.Module):
+    """Four heads of six; ``sizes`` are kept in many ways."""
+
+    def __init__(self, sizes: Any, read: Callable[[Any], tuple[int, int]]) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = nn.Linear(12, 24), nn.Linear(12, 24), nn.Linear(12, 24), nn.Linear(24, 12)
+        self.sizes, self.read = sizes, read
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).view(*x.shape[:2], *self.read(self.sizes)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        return self.o(nn.functional.scaled_dot_product_attention(q, k, v, scale=0.5).transpose(1, 2).flatten(2))
+
+
+WAYS: dict[str, tuple[Callable[[], Any], Callable[[Any], tuple[int, int]]]] = {
+    "slashes": (lambda: {"a/h": 4, "a~1w": {"~0/": 6}}, lambda s: (s["a/h"], s["a~1w"]["~0/"])),
+    "slots": (lambda: More(4, 6), lambda s: (s.heads, s.width)),
+    "numpy": (lambda: [np.int64(4), np.int32(6)], lambda s: (s[0], s[1])),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["head", "value_width"])
+def test_numbers_are_found_wherever_they_are_kept_and_come_back_from_files(way: str, kind: str, tmp_path: Path) -> None:
+    build, read = WAYS[way]
+    x = torch.randn(2, 5, 12)
+    kinds = [kind] if kind == "head" else ["qk_width", "value_width"]
+    model = Headed(build(), read).eval()
+    result = graphprune.compile(model, x, keep=0.5, kinds=kinds, method="magnitude")
+    graph = graphprune.replay(model, result.plan, x, emit="graph").model
+    torch.testing.assert_close(result.model(x), graph(x))
+    assert read(model.sizes) == (4, 6) != read(result.model.sizes)  # type: ignore[arg-type, union-attr]
+    graphprune.save(result, tmp_path / "out")
+    loaded = graphprune.load(tmp_path / "out", Headed(build(), read))
+    torch.testing.assert_close(loaded(x), result.model(x))
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    build, read = WAYS["slashes"]
+    x = torch.randn(2, 5, 12)
+    graphprune.save(graphprune.compile(Headed(build(), read), x, keep=0.5, kinds=["head"]), tmp_path / "out")
+    wider = Headed(build(), read)
+    wider.o = nn.Linear(24, 13)
+    for other in (nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3)), Headed({"h": 4}, read), wider):
+        refuses(lambda other=other: graphprune.load(tmp_path / "out", other), "holds another model", "fix")

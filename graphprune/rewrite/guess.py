@@ -32,8 +32,8 @@ STUCK = 16
 """Guesses in a row that get no further before the search ends."""
 
 NO_SIZES = (
-    "padding_idx", "padding", "output_padding", "_reversed_padding_repeated_twice", "dilation", "stride", "kernel_size", "scale_factor",
-    "upscale_factor", "downscale_factor", "dim", "start_dim", "end_dim", "axis", "num_layers", "norm_type", "blank", "ignore_index",
+    "padding_idx", "padding", "output_padding", "_reversed_padding_repeated_twice", "dilation", "stride", "kernel_size", "dim",
+    "axis", "start_dim", "end_dim", "scale_factor", "upscale_factor", "downscale_factor", "num_layers", "norm_type", "ignore_index",
 )  # fmt: skip
 """What torch's own layers keep that is no size of a tensor, whatever it equals."""
 STOCK = ("torch.nn.", "transformers.pytorch_utils")
