@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 Path = tuple[str | int, ...]
 Attributes = dict[str, dict[str, Any]]
-"""New values of plain attributes, by module name and by path, its steps joined by slashes (in a step ``~1`` is one, ``~0`` a tilde)."""
+"""New values of plain attributes, by module name and by path, its steps joined by slashes (``~1`` is one in a step)."""
 
 DEPTH = 4
 OPAQUE = (
