@@ -68,7 +68,7 @@ def _write(result: Result, folder: Path) -> None:
 
 
 def _save_program(model: PrunedGraph, example: Example, folder: Path) -> None:
-    """An exported program; the sizes that the trace left open stay open where the model allows it.
+    """An exported program; sizes that the trace left open stay open where inputs go by position and the model allows it.
 
     For ONNX, hand a smaller model, module or graph, to torch's own exporter: ``torch.onnx.export(model, args, dynamo=True)``.
     """
