@@ -190,6 +190,9 @@ def test_a_graph_compiles_and_keeps_its_checks() -> None:
     for rows in (6, 8, 10):
         others = torch.randn(rows, 9, 8), torch.randn(rows, 9, 8)
         torch.testing.assert_close(compiled(*others), module(*others))
+    in_parts = torch.compile(graph, backend="eager")
+    refuses(lambda: in_parts(torch.randn(6, 21, 8), torch.randn(6, 21, 8)), "not for these sizes")
+    refuses(lambda: in_parts(u, v, bias=u), "bias")
 
 
 # ── a graph is a module ──────────────────────────────────────────────────────────────────────────────────────────────
