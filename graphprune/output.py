@@ -23,7 +23,7 @@ from graphprune.rewrite.folder import complete_or_nothing
 from graphprune.rewrite.graph import PrunedGraph
 from graphprune.rewrite.record import make_record, save_transformers
 from graphprune.source import TOKENIZER_FILES, Source
-from graphprune.trace import as_call, open_sizes
+from graphprune.trace import as_call
 from graphprune.verify import SEED, Reference, close, leaves
 
 PROGRAM = "model.pt2"
@@ -71,13 +71,15 @@ def _write(result: Result, folder: Path) -> None:
 
 
 def _save_program(model: PrunedGraph, example: Example, folder: Path) -> None:
-    """An exported program; batch and sequence stay open where inputs go by position and the model allows it.
+    """An exported program; sizes that the trace left open stay open where inputs go by position and the model allows it.
 
     For ONNX, hand a smaller model, module or graph, to torch's own exporter: ``torch.onnx.export(model, args, dynamo=True)``.
     """
     args, kwargs = beside(as_call(example.inputs), where(model))
+    by_position, by_name = model.admission.open_sizes()
+    sizes = {name: value for name, value in (("args", by_position), ("kwargs", by_name)) if value}
     try:
-        program = torch.export.export(model, args, kwargs, dynamic_shapes={"args": open_sizes(args, {})}, strict=False)
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=sizes, strict=False)
     except Exception:  # noqa: BLE001  whatever stands against open sizes, fixed ones are the answer
         program = torch.export.export(model, args, kwargs, strict=False)
     torch.export.save(program, folder / PROGRAM)

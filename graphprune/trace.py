@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import Dim, ExportedProgram, export
+from torch.export import ExportedProgram, export
 from torch.export.graph_signature import InputKind
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
@@ -27,6 +28,7 @@ from graphprune.inline import inline
 from graphprune.known import Known, agrees, casts_that_do_nothing, without_checks
 from graphprune.memory import lent
 from graphprune.repeat import Repeats, unwritten, write_out
+from graphprune.signature import Signature, Sizes, open_sizes, signature_of, taken_for_granted
 from graphprune.slices import as_slices
 from graphprune.withheld import Withheld
 
@@ -48,7 +50,9 @@ class TracedTensor:
 class Trace:
     """What torch.export saw: ``graph`` with one placeholder a tensor, and what each placeholder stands for.
 
-    ``lent`` are the placeholders that the graph writes to: whoever runs it lends it copies of these.
+    ``lent`` are the placeholders that the graph writes to: whoever runs it lends it copies of these. ``sizes`` are those of
+    each input, symbols where open, ``guards`` what was taken for granted of these, ``trainable`` the parameters that ask for a
+    gradient.
     """
 
     name: str
@@ -60,6 +64,10 @@ class Trace:
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
     lent: frozenset[str]
+    signature: Signature
+    sizes: tuple[Sizes, ...]
+    guards: tuple[sympy.Basic, ...]
+    trainable: frozenset[str]
 
     @property
     def graph(self) -> fx.Graph:
@@ -72,8 +80,12 @@ class Trace:
         return {tensor.name: tensor for tensor in self.tensors.values() if tensor.kind == "parameter"}
 
     def flatten(self, inputs: Inputs) -> tuple[Any, ...]:
-        """Example-like inputs as the flat values of ``self.inputs``."""
-        flat = pytree.tree_leaves(as_call(inputs))
+        """Example-like inputs as the flat values of ``self.inputs``; keywords may come in any order."""
+        args, kwargs = as_call(inputs)
+        order = pytree.tree_unflatten(list(self.inputs), self.in_spec)[1]
+        if order.keys() == kwargs.keys():
+            kwargs = {name: kwargs[name] for name in order}
+        flat = pytree.tree_leaves((args, kwargs))
         device = next((value.device for value in self.example if isinstance(value, Tensor)), CPU)
         return tuple(beside(flat, device))
 
@@ -98,9 +110,10 @@ def trace(
     """
     args, kwargs = beside(as_call(example_inputs), where(model))
     _check_tensors(model)
+    trainable = frozenset(name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad)
     with exportable(model, experts), _without_gradients(model), _forgetting(), short_stacks():
         found = _repeated(model, args, kwargs) if repeat and not dynamic else None
-        return found or _plain(model, args, kwargs, dynamic)
+        return replace(found or _plain(model, args, kwargs, dynamic), trainable=trainable)
 
 
 @contextmanager
@@ -215,13 +228,29 @@ def _as_trace(
     if in_spec is None or out_spec is None:
         raise ModelLimit("torch.export returned a program without call specification")
     example = tuple(pytree.tree_leaves((args, kwargs)))
-    return Trace(type(model).__name__, flat, tensors, tuple(users), example, constants, in_spec, out_spec, lent(flat.graph))
+    given = {node.name: node.meta.get("val") for node in flat.graph.nodes if node.op == "placeholder"}
+    sizes, guards = taken_for_granted([given[name] for name in users])
+    return Trace(
+        name=type(model).__name__,
+        module=flat,
+        tensors=tensors,
+        inputs=tuple(users),
+        example=example,
+        constants=constants,
+        in_spec=in_spec,
+        out_spec=out_spec,
+        lent=lent(flat.graph),
+        signature=signature_of(model),
+        sizes=sizes,
+        guards=guards,
+        trainable=frozenset(),
+    )
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool) -> ExportedProgram:
     if dynamic:
         try:
-            return export(model, args, kwargs, dynamic_shapes=open_sizes(args, kwargs), strict=False)
+            return export(model, args, kwargs, dynamic_shapes=open_sizes(model, args, kwargs), strict=False)
         except Exception:  # noqa: BLE001  whatever stands against open sizes, fixed ones are the answer
             return _export(model, args, kwargs, False)
     try:
@@ -229,16 +258,6 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
             return export(model, args, kwargs, strict=False)
     except Exception as error:
         raise _export_failure(model, error) from error
-
-
-def open_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Batch and sequence left open, as the ``dynamic_shapes`` of torch.export."""
-
-    def open_dims(value: Any) -> Any:
-        return dict.fromkeys(range(min(2, value.ndim)), Dim.AUTO) if isinstance(value, Tensor) else None
-
-    names = {name: pytree.tree_map(open_dims, value) for name, value in kwargs.items()}
-    return (pytree.tree_map(open_dims, args), names) if args and names else names or pytree.tree_map(open_dims, args)
 
 
 def _export_failure(model: nn.Module, error: Exception) -> ModelLimit:

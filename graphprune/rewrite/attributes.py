@@ -10,13 +10,14 @@ from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig
 
 Path = tuple[str | int, ...]
 Attributes = dict[str, dict[str, Any]]
-"""New values of plain attributes, by module name and by path, its steps joined by slashes."""
+"""New values of plain attributes, by module name and by path, its steps joined by slashes (``~1`` is one in a step)."""
 
 DEPTH = 4
 OPAQUE = (
@@ -37,8 +38,8 @@ def numbers(module: nn.Module) -> Iterator[tuple[Path, int, int]]:
 
 
 def _numbers(held: Any, path: Path, owner: int) -> Iterator[tuple[Path, int, int]]:
-    if isinstance(held, int) and not isinstance(held, bool):
-        yield path, held, hash((owner, path[-1]))
+    if isinstance(held, int | np.integer) and not isinstance(held, bool):
+        yield path, int(held), hash((owner, path[-1]))
     elif len(path) < DEPTH:
         inner = hash((owner, path[-1])) if isinstance(held, tuple) else id(held)
         for step, part in _parts(held):
@@ -52,7 +53,15 @@ def _parts(held: Any) -> list[tuple[Any, Any]]:
         return list(enumerate(held))
     if isinstance(held, partial):
         return [("keywords", held.keywords)]
-    return [] if isinstance(held, OPAQUE) else list(getattr(held, "__dict__", {}).items())
+    return [] if isinstance(held, OPAQUE) else [*getattr(held, "__dict__", {}).items(), *_slots(held)]
+
+
+def _slots(held: Any) -> Iterator[tuple[str, Any]]:
+    """What an object keeps in slots."""
+    for declared in (vars(base).get("__slots__", ()) for base in type(held).__mro__):
+        for name in (declared,) if isinstance(declared, str) else declared:
+            if name not in ("__dict__", "__weakref__") and hasattr(held, name):
+                yield name, getattr(held, name)
 
 
 def read(module: nn.Module, path: Path) -> Any:
@@ -104,11 +113,16 @@ def _differences(old: nn.Module, new: nn.Module) -> Iterator[tuple[str, Any]]:
 def _differing(old: Any, new: Any, path: Path) -> Iterator[tuple[str, Any]]:
     if is_plain(new):
         if old != new:
-            yield "/".join(map(str, path)), new
+            yield "/".join(map(_escaped, path)), new
     elif len(path) < DEPTH and not isinstance(new, tuple) and type(old) is type(new):
         before = dict(_parts(old))
         for step, part in _parts(new):
             yield from _differing(before.get(step), part, (*path, step))
+
+
+def _escaped(step: str | int) -> str:
+    """A step that may contain the slash that divides steps, as JSON pointers have it; ``reshaped`` reads it."""
+    return str(step).replace("~", "~0").replace("/", "~1")
 
 
 def is_plain(value: Any) -> bool:

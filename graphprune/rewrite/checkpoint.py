@@ -10,6 +10,8 @@ import importlib
 import json
 import sys
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +93,8 @@ def _load_plain(path: Path, record: dict[str, Any], model: nn.Module | None) -> 
         raise UserMistake(
             f"{path} holds a plain module ({record.get('class')})", fix="pass the unpruned original: graphprune.load(dir, model)"
         )
-    reshaped.reshape(model, record)
+    with _same_model(path):
+        reshaped.reshape(model, record)
     if get_default_device().type == "meta":
         return model
     state = OrderedDict(load_file(path / WEIGHTS))
@@ -100,8 +103,19 @@ def _load_plain(path: Path, record: dict[str, Any], model: nn.Module | None) -> 
     tied = wanted.keys() - _distinct(model).keys()
     if others := (state.keys() ^ wanted.keys()) - tied:
         raise UserMistake(f"{path} holds another model", why=f"tensors differ: {sorted(others)[:3]}")
-    model.load_state_dict(state, strict=False, assign=any(tensor.is_meta for tensor in model.parameters()))
+    with _same_model(path):
+        model.load_state_dict(state, strict=False, assign=any(tensor.is_meta for tensor in model.parameters()))
     return model
+
+
+@contextmanager
+def _same_model(path: Path) -> Iterator[None]:
+    """What a record or a state does not find in a model, or finds of another size, says that it is of another one."""
+    try:
+        yield
+    except (AttributeError, LookupError, StopIteration, RuntimeError) as error:
+        fix = "pass the original as it was compiled: graphprune.load(dir, model)"
+        raise UserMistake(f"{path} holds another model", why=f"{type(error).__name__}: {first_line(error)}", fix=fix) from error
 
 
 def _class(dotted: str) -> Any:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from math import gcd
 from operator import floordiv, mul
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,9 +19,11 @@ from torch.utils import _pytree as pytree
 from graphprune.axes import Axis, Keep
 from graphprune.calls import given_arguments, is_check, schema
 from graphprune.computed import evaluated
+from graphprune.errors import UserMistake
 from graphprune.propagate import Axes
+from graphprune.rewrite.admit import admission
 from graphprune.rules import Literal
-from graphprune.trace import Trace
+from graphprune.trace import Trace, TracedTensor
 
 aten = torch.ops.aten
 
@@ -248,48 +250,57 @@ def _position(position: Any, axis: Axis, keep: Keep) -> Any:
 
 
 class PrunedGraph(nn.Module):
-    """The smaller model as a graph: parameters and buffers under their original names, called like the original."""
+    """The smaller model as a graph: parameters and buffers under their original names, called like the original.
+
+    It is in evaluation mode, as it was traced, and takes what it was traced for: other sizes only where the trace left them open.
+    """
 
     def __init__(self, trace: Trace, graph: fx.Graph, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.trace = trace
+        self.trace, self.admission = trace, admission(trace)
         root = nn.Module()
         for node in list(graph.nodes):
             traced = trace.tensors.get(node.name) if node.op == "placeholder" else None
             if traced is not None:
-                _attach(root, traced.name, tensors[traced.name], traced.kind == "parameter")
+                _attach(root, traced, tensors[traced.name], traced.name in trace.trainable)
                 with graph.inserting_before(node):
                     node.replace_all_uses_with(graph.get_attr(traced.name))
                 graph.erase_node(node)
         self.body = fx.GraphModule(root, graph)
+        self.eval()
 
     @property
     def takes_one(self) -> bool:
         """Whether batches may have one row: they had when it was traced, or their size was left open."""
-        traced = [node.meta["val"].shape[:1] for node in self.trace.graph.nodes if node.name in self.trace.inputs]
-        return all(shape == (1,) or all(map(_may_differ, shape)) for shape in traced)
+        return self.admission.takes_rows(1, self.trace.example)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The original's signature."""
-        order = pytree.tree_unflatten([None] * self.trace.in_spec.num_leaves, self.trace.in_spec)[1]
-        flat = pytree.tree_leaves((args, {name: kwargs[name] for name in order if name in kwargs}))
+        """The original's signature. Raises UserMistake on arguments that the graph was not traced for."""
+        flat = self.admission.flat(args, kwargs, self._dtype)
         return pytree.tree_unflatten(list(pytree.tree_leaves(self.body(*flat))), self.trace.out_spec)
 
+    def train(self, mode: bool = True) -> Self:
+        """Raises UserMistake on another mode than the traced one: dropout and statistics would stay as they are."""
+        if mode:
+            why = "dropout and batch statistics were traced in evaluation mode, and are part of the graph"
+            raise UserMistake("a graph has no training mode", why=why, fix='train it in evaluation mode, or emit="module"')
+        return super().train(mode)
 
-def _may_differ(size: Any) -> bool:
-    """Whether a traced size is open; a symbol may stand for a number that the model fixed."""
-    return isinstance(size, torch.SymInt) and bool(size.node.expr.free_symbols)
+    def _dtype(self) -> torch.dtype | None:
+        return next((parameter.dtype for parameter in self.parameters() if parameter.is_floating_point()), None)
 
 
-def _attach(root: nn.Module, name: str, tensor: Tensor, trainable: bool) -> None:
-    *path, leaf = name.split(".")
+def _attach(root: nn.Module, traced: TracedTensor, tensor: Tensor, trains: bool) -> None:
+    """Hang up a tensor under its name; one that was not cut is copied, so that the original keeps its own."""
+    *path, leaf = traced.name.split(".")
     for part in path:
         if not hasattr(root, part):
             root.add_module(part, nn.Module())
         root = root.get_submodule(part)
     if hasattr(root, leaf):
         return
-    if trainable:
-        root.register_parameter(leaf, nn.Parameter(tensor.detach(), requires_grad=tensor.is_floating_point()))
+    held = tensor.detach().clone() if tuple(tensor.shape) == traced.shape else tensor.detach()
+    if traced.kind == "parameter":
+        root.register_parameter(leaf, nn.Parameter(held, requires_grad=trains))
     else:
-        root.register_buffer(leaf, tensor)
+        root.register_buffer(leaf, held)

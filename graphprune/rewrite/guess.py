@@ -31,16 +31,27 @@ TRIALS = 64
 STUCK = 16
 """Guesses in a row that get no further before the search ends."""
 
+NO_SIZES = (
+    "padding_idx", "padding", "output_padding", "_reversed_padding_repeated_twice", "dilation", "stride", "kernel_size", "dim",
+    "axis", "start_dim", "end_dim", "scale_factor", "upscale_factor", "downscale_factor", "num_layers", "norm_type", "ignore_index",
+)  # fmt: skip
+"""What torch's own layers keep that is no size of a tensor, whatever it equals."""
+STOCK = ("torch.nn.", "transformers.pytorch_utils")
+
 Kind = tuple[str, Path]
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A whole number that a module keeps; ``mark`` is the same for two ways to one place (a configuration that modules share)."""
+    """A whole number that a module keeps; ``mark`` is the same for two ways to one place (a configuration that modules share).
+
+    One that a layer of torch's own keeps is ``stock``: printed, or read by others, whether or not it runs without.
+    """
 
     module: str
     path: Path
     mark: int
+    stock: bool = False
 
     @property
     def kind(self) -> Kind:
@@ -163,9 +174,17 @@ def _kept(model: nn.Module, name: str) -> dict[int, list[Place]]:
         module = model.get_submodule(name)
     except AttributeError:
         return found
+    stock = _is_stock(module)
     for path, value, mark in numbers(module):
-        found[value].append(Place(name, path, mark))
+        if not stock or path[0] not in NO_SIZES:
+            found[value].append(Place(name, path, mark, stock))
     return found
+
+
+def _is_stock(module: nn.Module) -> bool:
+    """Whether a module is a layer of torch's own, or one that transformers adds, or made of one; what only holds others is not."""
+    bases = (base.__module__ for base in type(module).__mro__ if base is not nn.Module)
+    return any(base.startswith(STOCK) and base != nn.Sequential.__module__ for base in bases)
 
 
 # ── the search ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -184,8 +203,8 @@ class Options:
             self.kinds[place.kind].append((place, tuple(afters)))
         likely = (place.kind for item in found for row in item.rows[:1] for place in row)
         self.likely = {kind: 0 for kind in likely if kind not in doubted}
-        own = {place.kind for item in found for place in item.places if place.kind[0] == unnumbered(item.module)}
-        self.sure = own.difference(doubted)
+        stock = (place for item in found for place in item.places if place.stock)
+        self.sure = {place.kind for place in stock}.difference(doubted)
 
     def choice(self, picked: Mapping[Kind, int]) -> Choice:
         """The values of a guess: of each picked kind, the alternative of that number."""
@@ -239,7 +258,7 @@ def search(options: Options, attempt: Callable[[Choice], Outcome | None]) -> tup
 
 
 def _needed(options: Options, picked: dict[Kind, int], attempt: Callable[[Choice], Outcome | None]) -> dict[Kind, int]:
-    """A guess that came true, without the numbers of modules other than those that used them and that need not change."""
+    """A guess that came true, without the numbers that need not change: they may be no sizes. Those of torch's own layers stay."""
     doubtful = [[kind for kind in picked if kind not in options.sure]]
     while doubtful:
         drop = doubtful.pop()

@@ -49,7 +49,7 @@ def reshape(model: nn.Module, record: dict[str, Any]) -> None:
         modules.update({str(place): element for place, element in enumerate(elements)})
     for name, attributes in record["attributes"].items():
         for path, value in attributes.items():
-            _set(model.get_submodule(name), path.split("/"), value)
+            _set(model.get_submodule(name), [_unescaped(step) for step in path.split("/")], value)
     for name, shape in record["shapes"].items():
         _add_missing(model, name)
         _exchange(model, name, lambda old, shape=shape: torch.empty(shape, dtype=old.dtype, device=old.device))
@@ -68,6 +68,11 @@ def _filled(old: torch.Tensor, values: Any) -> torch.Tensor:
     if old.is_complex():
         return torch.view_as_complex(torch.tensor(values, dtype=old.dtype.to_real(), device=old.device))
     return torch.tensor(values, dtype=old.dtype, device=old.device)
+
+
+def _unescaped(step: str) -> str:
+    """A step of a path, in which slashes and tildes are written as in JSON pointers."""
+    return step.replace("~1", "/").replace("~0", "~")
 
 
 def _set(owner: Any, path: list[str], value: Any) -> None:
