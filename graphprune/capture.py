@@ -13,18 +13,24 @@ from torch import Tensor, fx, nn
 from graphprune.abreast import Abreast
 from graphprune.axes import Axis, Place
 from graphprune.calls import operation
+from graphprune.disk import rows
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.execute import tensors_of
 from graphprune.experts import gathers
 from graphprune.groups import Groups
 from graphprune.propagate import Axes
 from graphprune.ranks import dealt, summed
+from graphprune.score import Each, profile
 from graphprune.trace import Trace
 
 
 @dataclass(frozen=True, slots=True)
 class Consumer:
-    """A contraction of an activation with a weight: where ``weight``'s dimension ``dim`` meets ``operand``'s last one."""
+    """A contraction of an activation with a weight: where ``weight``'s dimension ``dim`` meets ``operand``'s dimension ``place``.
+
+    ``axis`` is what is summed over, ``width`` all of the operand's dimension: a grouped convolution sums over a part of it, each
+    group over its own.
+    """
 
     node: fx.Node
     operand: fx.Node
@@ -32,6 +38,7 @@ class Consumer:
     weight: str
     dim: int
     axis: Axis
+    width: Axis
 
 
 SeeInput = Callable[[Consumer, Tensor], None]
@@ -55,7 +62,8 @@ def consumers(axes: Axes, *, experts: bool = True) -> tuple[Consumer, ...]:
                 if mine.operand in weights and other.operand not in weights and mine.axis == other.axis:
                     name, turned = weights[mine.operand]
                     dim = 1 - mine.dim if turned else mine.dim
-                    found.append(Consumer(node, other.operand, other.dim, name, dim, mine.axis))
+                    width = axes.nodes[other.operand][other.dim]
+                    found.append(Consumer(node, other.operand, other.dim, name, dim, mine.axis, width))
     return tuple(found)
 
 
@@ -105,6 +113,16 @@ def readers(groups: Groups) -> dict[str, tuple[Consumer, ...]]:
             fix = "score it by magnitude, taylor or short_gpt" if whole else "leave this kind out, or use a gradient"
             raise ModelLimit(f"{group.name} is read by no weight", why=why, fix=fix)
     return found
+
+
+def columns(reader: Consumer, weight: Tensor, each: Each) -> Tensor:
+    """``each`` of a weight summed over all that reads one input: (width,), float64. What reads an input of a grouped convolution
+    is its own group."""
+    groups = reader.width.size // weight.shape[reader.dim]
+    if groups == 1:
+        return profile(weight, reader.dim, each)
+    step = len(weight) // groups
+    return torch.cat([profile(rows(weight, start, start + step), reader.dim, each) for start in range(0, len(weight), step)])
 
 
 @dataclass(frozen=True, slots=True)

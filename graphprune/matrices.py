@@ -114,12 +114,14 @@ class Transposed(Convolved):
         space = len(self.spread)
         sizes = ((size - 1) * step + 1 for size, step in zip(value.shape[-space:], self.spread, strict=True))
         spread = value.new_zeros([*value.shape[:-space], *sizes])
-        spread[(..., *(slice(None, None, step) for step in self.spread))] = value
+        places: Any = (..., *(slice(None, None, step) for step in self.spread))
+        spread[places] = value
         return Convolved.vectors(self, spread)
 
     def _turned(self, weight: Tensor) -> Tensor:
         """(groups · one, other, kernel) → (groups · other, one, kernel), space backwards; its own inverse."""
-        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1).flip(tuple(range(2, weight.ndim)))
+        parts = weight.reshape(self.groups, -1, *weight.shape[1:])
+        return parts.transpose(1, 2).flatten(0, 1).flip(tuple(range(2, weight.ndim)))
 
 
 @dataclass(frozen=True, slots=True)

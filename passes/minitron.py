@@ -38,7 +38,7 @@ def minitron(model: nn.Module, groups: Groups, calibration: Calibration) -> Scor
     def see(consumer: Consumer, x: Tensor) -> None:
         for name, reader, factor in places[consumer.operand]:
             if consumer == reader:
-                square = _norms(x, reader.axis, factor).mean(0).square()
+                square = _norms(x, reader.width, factor).mean(0).square()
                 here = name, reader.operand.name
                 totals[here] = totals[here] + square if here in totals else square
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_outputs import ImageClassifierOutput
 
 import graphprune
-from graphprune import Calibration, propagate, trace
+from graphprune import Scores, couple, propagate, trace
 from graphprune.matrices import products
 from tests.models import sharpened
 
@@ -93,3 +94,119 @@ def test_a_transposed_convolution_is_sparse_along_what_meets_in_a_point() -> Non
     sparse = graphprune.sparsify(model, batches, method="wanda", sparsity=0.5)
     turned = sparse.b.weight.transpose(0, 1).flatten(1)
     assert (turned == 0).sum(1).eq(16 * 9 // 2).all()
+
+
+# ── grouped convolutions ─────────────────────────────────────────────────────────────────────────────────────────────
+
+GROUPS, INNER, OUTER = 4, 3, 5
+
+
+class Grouped(nn.Module):
+    """ResNeXt's middle: each group of the convolution reads its own channels."""
+
+    def __init__(self, *, transposed: bool = False) -> None:
+        super().__init__()
+        kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+        self.a, self.o = nn.Conv2d(3, GROUPS * INNER, 1), nn.Conv2d(GROUPS * OUTER, 4, 1)
+        self.b = kind(GROUPS * INNER, GROUPS * OUTER, 3, padding=1, groups=GROUPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.b(self.a(x).relu()).relu())
+
+    @torch.no_grad()
+    def read(self, batch: dict[str, Tensor]) -> Tensor:
+        """What the convolution reads: (n, group, channel, h, w)."""
+        return self.a(batch["x"]).relu().unflatten(1, (GROUPS, INNER)).double()
+
+    @property
+    def kernel(self) -> Tensor:
+        """(group, channel out, channel in, kernel places)."""
+        weight = self.b.weight.detach().double().flatten(2)
+        if isinstance(self.b, nn.ConvTranspose2d):
+            return weight.unflatten(0, (GROUPS, INNER)).transpose(1, 2)
+        return weight.unflatten(0, (GROUPS, OUTER))
+
+
+def by_channel(model: Grouped, batches: list[dict[str, Tensor]], method: str) -> Tensor:
+    """What a criterion says of each channel, (group, channel), by its formula."""
+    x = torch.cat([model.read(batch) for batch in batches])
+    if method == "wanda_sp":
+        return model.kernel.abs().mean((1, 3)) * x.square().mean((0, 3, 4)).sqrt()
+    metric = x.var((0, 3, 4), correction=0) * model.kernel.square().sum((1, 3))
+    return (metric - metric.mean()) / metric.std()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("method", ["wanda_sp", "flap", "minitron"])
+def test_each_group_of_a_convolution_is_scored_on_its_own_inputs(method: str, transposed: bool) -> None:
+    model, batches = sharpened(Grouped(transposed=transposed)), drawn(2, 3, 6, 5)
+    scores = graphprune.compile(model, keep=0.5, method=method, calibration=batches).facts[Scores]
+    if method == "minitron":
+        means = [model.read(batch).square().sum(1).sqrt().mean((0, 2, 3)) for batch in batches]
+        wanted = torch.stack(means).square().sum(0).sqrt()
+    else:
+        found = by_channel(model, batches, method)
+        wanted = found.mean(0) if method == "flap" else found.sum(0)
+    torch.testing.assert_close(scores[reading(model, batches)], wanted)
+
+
+def reading(model: Grouped, batches: list[dict[str, Tensor]]) -> str:
+    """The group of the channels within a group, by name."""
+    groups = couple(propagate(trace(model, batches[0])))
+    return next(group.name for group in groups if group.size == INNER)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_the_surgeon_refits_each_group_of_a_convolution(transposed: bool, gradients: bool) -> None:
+    model = sharpened(WithLoss(transposed=transposed)).double()
+    batches = [{"x": batch["x"].double()} for batch in drawn(2, 3, 6, 5)]
+    options = {"gradients": gradients, "damping": 0.01, "block": 1e-6}
+    scores = graphprune.compile(model, keep=0.5, method="obs", calibration=batches, options=options).facts[Scores]
+    x = torch.cat([model.read(batch) for batch in batches])
+    patches = torch.stack([F.unfold(part, 3, padding=1).mT.flatten(0, 1) for part in x.unbind(1)])
+    power = patches.mT @ patches / patches.shape[1]
+    power += 0.01 * power.diagonal(dim1=1, dim2=2).diag_embed()
+    kernel = (model.kernel.flip(-1) if transposed else model.kernel).flatten(2)
+    slope = slopes(model, batches) if gradients else torch.eye(OUTER).double().expand(GROUPS, -1, -1)
+    torch.testing.assert_close(scores[reading(model, batches)], by_brute_force(kernel, power, slope))
+
+
+class WithLoss(Grouped):
+    """The same, saying its loss."""
+
+    def forward(self, x: Tensor) -> ImageClassifierOutput:
+        out = super().forward(x)
+        return ImageClassifierOutput(loss=out.square().mean(), logits=out)
+
+
+def slopes(model: Grouped, batches: list[dict[str, Tensor]]) -> Tensor:
+    """Mean g·gᵀ of each group's outputs, (group, channel, channel); g the gradient of a batch's mean loss times its positions."""
+    found: list[Tensor] = []
+    hook = model.b.register_forward_hook(lambda _, __, out: out.register_hook(found.append) and None)
+    for batch in batches:
+        model(**batch).loss.backward()
+    hook.remove()
+    g = torch.cat([one * one[:, 0].numel() for one in found]).unflatten(1, (GROUPS, OUTER))
+    return torch.einsum("ngahw,ngbhw->gab", g, g) / g[:, 0, 0].numel()
+
+
+def by_brute_force(kernel: Tensor, power: Tensor, slope: Tensor) -> Tensor:
+    """Remove the channel, of every group, whose removal raises the refitted error least, one at a time."""
+
+    def error(gone: list[int]) -> float:
+        stay = [i for i in range(INNER * 9) if i // 9 not in gone]
+        out = [i for i in range(INNER * 9) if i // 9 in gone]
+        within, beside = power[:, out][:, :, out], power[:, stay][:, :, out]
+        left = within - beside.mT @ torch.linalg.solve(power[:, stay][:, :, stay], beside) if stay else within
+        return float(torch.einsum("gab,gbi,gij,gaj->", slope, kernel[:, :, out], left, kernel[:, :, out]))
+
+    gone: list[int] = []
+    scores, worst = torch.zeros(INNER, dtype=torch.float64), 0.0
+    while len(gone) < INNER:
+        costs = {unit: error([*gone, unit]) - error(gone) for unit in range(INNER) if unit not in gone}
+        unit = min(costs, key=costs.__getitem__)
+        worst = max(worst, costs[unit])
+        scores[unit] = worst
+        gone.append(unit)
+    return scores
