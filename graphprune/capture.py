@@ -127,7 +127,8 @@ def columns(reader: Consumer, weight: Tensor, each: Each) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Power:
-    """What one consumer reads, over all positions of all batches: mean and mean square of each input, (width,), float64."""
+    """What one consumer reads, over all positions of all batches: mean (parts, width), of complex numbers both parts', and mean
+    square (width,) of each input, float64."""
 
     mean: Tensor
     square: Tensor
@@ -135,7 +136,7 @@ class Power:
     @property
     def variance(self) -> Tensor:
         """Population variance of each input."""
-        return (self.square - self.mean.square()).clamp_min(0)
+        return (self.square - self.mean.square().sum(0)).clamp_min(0)
 
 
 def input_power(model: nn.Module, groups: Groups, batches: Iterable[Mapping[str, Any]]) -> dict[Consumer, Power]:
@@ -146,14 +147,17 @@ def input_power(model: nn.Module, groups: Groups, batches: Iterable[Mapping[str,
 
     def see(consumer: Consumer, x: Tensor) -> None:
         if consumer in number:
-            count = torch.full((1, x.shape[1]), float(len(x)), dtype=torch.float64, device=x.device)
-            parts = torch.cat([x.sum(0, dtype=torch.float64)[None], x.double().square().sum(0)[None], count])
+            numbers = [x.real, x.imag] if x.is_complex() else [x]
+            means = [part.sum(0, dtype=torch.float64) for part in numbers]
+            square = torch.stack([part.double().square().sum(0) for part in numbers]).sum(0)
+            parts = torch.stack([*means, square, torch.full_like(square, len(x))])
             sums[number[consumer]] = sums[number[consumer]] + parts if number[consumer] in sums else parts
 
     axes = groups.axes
     see_inputs(axes, tensors_of(model, axes.trace), batches, see, wanted={consumer.weight for consumer in wanted})
     totals = summed(sums)
-    return {consumer: Power(*(totals[i][:2] / totals[i][2])) for consumer, i in number.items()}
+    means = {consumer: totals[i][:-1] / totals[i][-1] for consumer, i in number.items()}
+    return {consumer: Power(found[:-1], found[-1]) for consumer, found in means.items()}
 
 
 def see_inputs(

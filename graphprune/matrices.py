@@ -139,10 +139,11 @@ class Product:
 
 
 def products(axes: Axes, *, routed: bool = False) -> tuple[Product, ...]:
-    """Every product with a parameter, in execution order; a shared weight appears once a use. ``routed``: of experts too."""
+    """Every product with a real parameter, in execution order; a shared weight appears once a use. ``routed``: of experts too."""
     found = [*_convolutions(axes), *_contractions(axes), *(_routed(axes) if routed else ())]
     place = {node: i for i, node in enumerate(axes.trace.graph.nodes)}
-    return tuple(sorted(found, key=lambda product: place[product.node]))
+    real = (product for product in found if not axes.trace.parameters[product.weight].dtype.is_complex)
+    return tuple(sorted(real, key=lambda product: place[product.node]))
 
 
 def _contractions(axes: Axes) -> list[Product]:

@@ -48,6 +48,6 @@ def flap(model: nn.Module, groups: Groups, calibration: Calibration, *, metric: 
 def _metric(metric: str, weight: Tensor, reader: Consumer, power: Power) -> Tensor:
     """(width,): of each channel that the weight reads."""
     if metric == "wifn":
-        mean = columns(reader, weight, lambda block: block.double().abs()) * reader.width.size / weight.numel()
+        mean = columns(reader, weight, lambda block: block.abs().double()) * reader.width.size / weight.numel()
         return mean * power.square.sqrt()
-    return power.variance * columns(reader, weight, lambda b: b.double().square()) if metric == "wifv" else power.variance
+    return power.variance * columns(reader, weight, lambda b: b.abs().double().square()) if metric == "wifv" else power.variance

@@ -24,14 +24,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from graphprune import Calibration, Groups, Scores, combine, gather_units, see_gradients
 from graphprune.errors import UserMistake, nearest
 from graphprune.gradients import one_by_one
 from graphprune.ranks import dealt, summed
-from graphprune.score import profiles
+from graphprune.score import change, profiles
 
 ORDERS = ("vector", "first", "second", "mixed")
 
@@ -83,7 +82,7 @@ def _summed(model: nn.Module, samples: Sequence[Any], spots: Mapping[str, set[in
     sums: dict[Spot, Tensor] = {}
 
     def see(name: str, weight: nn.Parameter, gradient: Tensor) -> None:
-        for dim, total in profiles((weight, gradient), spots[name], _squared if second else torch.mul).items():
+        for dim, total in profiles((weight, gradient), spots[name], _squared if second else change).items():
             sums[name, dim] = sums.get((name, dim), 0) + total / len(samples)
 
     see_gradients(model, dealt(samples, model), see, names=spots)
@@ -96,7 +95,7 @@ def _of_means(model: nn.Module, samples: Sequence[Any], spots: Mapping[str, set[
     square: dict[str, Tensor] = {}
 
     def see(name: str, _: nn.Parameter, gradient: Tensor) -> None:
-        for held, term in ((mean, gradient / len(samples)), *([(square, gradient.square() / len(samples))] if mixed else [])):
+        for held, term in ((mean, gradient / len(samples)), *([(square, gradient.abs().square() / len(samples))] if mixed else [])):
             held[name] = held[name].add_(term) if name in held else term
 
     see_gradients(model, dealt(samples, model), see, names=spots)
@@ -110,11 +109,11 @@ def _of_means(model: nn.Module, samples: Sequence[Any], spots: Mapping[str, set[
 
 
 def _saliency(w: Tensor, g: Tensor, square: Tensor | None = None) -> Tensor:
-    return (w * g if square is None else w * g - w * (w * square) / 2).abs_()
+    return (change(w, g) if square is None else change(w, g) - w.abs().square() * square / 2).abs_()
 
 
 def _squared(w: Tensor, g: Tensor) -> Tensor:
-    return (w * g).square_()
+    return change(w, g).square_()
 
 
 def _shares(weights: Mapping[str, Tensor], names: Iterable[str], count: int) -> list[list[str]]:

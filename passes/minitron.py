@@ -53,7 +53,7 @@ def minitron(model: nn.Module, groups: Groups, calibration: Calibration) -> Scor
 
 def _norms(x: Tensor, axis: Axis, factor: Factor) -> Tensor:
     """(positions, width) → the L2 norm of each unit's channels at each position, (positions, units)."""
-    squares = x.double().square()
+    squares = x.abs().double().square()
     sums = squares.new_zeros(len(x), factor.size)
     for column in axis.units(factor):
         index = torch.tensor(column, device=x.device)

@@ -19,6 +19,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from graphprune import Calibration, Groups, Scores, language_loss, score, see_gradients
+from graphprune.precise import precise
+from graphprune.score import change
 
 
 def snip(
@@ -34,12 +36,12 @@ def snip(
     gradients: dict[str, Tensor] = {}
 
     def see(name: str, weight: nn.Parameter, gradient: Tensor) -> None:
-        gradients[name] = gradients.get(name, 0) + gradient.float()
+        gradients[name] = gradients.get(name, 0) + gradient
 
     see_gradients(model, calibration.inputs, see, names=names, loss=loss)
     weights = dict(model.named_parameters(remove_duplicate=False))
 
     def saliency(name: str) -> Tensor | None:
-        return (weights[name].detach().float() * gradients[name]).abs() if name in gradients else None
+        return change(precise(weights[name].detach()), gradients[name]).abs() if name in gradients else None
 
     return score(groups, groups.axes.tensors, saliency, method=f"snip {aggregate}", how=aggregate)

@@ -25,7 +25,7 @@ def wanda_sp(model: nn.Module, groups: Groups, calibration: Calibration) -> Scor
     for group in groups:
         for reader in reading[group.name]:
             weight = weights[reader.weight].detach()
-            mean = columns(reader, weight, lambda block: block.double().abs()) * reader.width.size / weight.numel()
+            mean = columns(reader, weight, lambda block: block.abs().double()) * reader.width.size / weight.numel()
             units = gather_units(mean * power[reader].square.sqrt(), reader.width, group.factor)
             found[group.name] = found.get(group.name, 0) + units
     return Scores(found, "wanda_sp")

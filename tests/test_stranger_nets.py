@@ -210,3 +210,81 @@ def by_brute_force(kernel: Tensor, power: Tensor, slope: Tensor) -> Tensor:
         scores[unit] = worst
         gone.append(unit)
     return scores
+
+
+# ── complex weights ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+MODES = 4
+
+
+class Spectral(nn.Module):
+    """A Fourier neural operator of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c, self.o = nn.Conv1d(2, 8, 1), nn.Conv1d(8, 8, 1), nn.Conv1d(6, 1, 1)
+        self.v = nn.Parameter(torch.randn(8, 8, MODES, dtype=torch.cfloat))
+        self.w = nn.Parameter(torch.randn(8, 6, MODES, dtype=torch.cfloat))
+
+    def forward(self, x: Tensor) -> ImageClassifierOutput:
+        x = self.a(x)
+        x = F.gelu(self.mixed(x, self.v) + self.c(x))
+        out = self.o(F.gelu(self.mixed(x, self.w)))
+        return ImageClassifierOutput(loss=out.square().mean(), logits=out)
+
+    def mixed(self, x: Tensor, weight: Tensor) -> Tensor:
+        waves = torch.fft.rfft(x)
+        out = waves.new_zeros(len(x), weight.shape[1], waves.shape[2])
+        out[..., :MODES] = torch.einsum("bim,iom->bom", waves[..., :MODES], weight)
+        return torch.fft.irfft(out, n=x.shape[-1])
+
+    @torch.no_grad()
+    def middle(self, x: Tensor) -> Tensor:
+        """What ``w`` reads, (n, channel, mode)."""
+        x = self.a(x)
+        return torch.fft.rfft(F.gelu(self.mixed(x, self.v) + self.c(x)))[..., :MODES]
+
+
+def by_middle_channel(model: Spectral, x: Tensor, method: str) -> Tensor:
+    """What a criterion says of each channel that ``v`` and ``c`` write and ``w`` reads, by its formula."""
+    if method in ("flap", "wanda_sp"):
+        waves, weight = model.middle(x).transpose(0, 1).flatten(1), model.w.detach().flatten(1)
+        if method == "wanda_sp":
+            return weight.abs().mean(1) * waves.abs().square().mean(1).sqrt()
+        metric = (waves - waves.mean(1, keepdim=True)).abs().square().mean(1) * weight.abs().square().sum(1)
+        return (metric - metric.mean()) / metric.std()
+    members = [model.w, model.c.weight, model.c.bias, model.v]
+    if method.startswith("magnitude"):
+        return sum(by_row(part.detach().abs(), part is model.v).pow(int(method[-1])).sum(1) for part in members)
+    slopes = torch.autograd.grad(model(x).loss, members)
+    lost = [by_row((p * s.conj()).real.detach(), p is model.v) for p, s in zip(members, slopes, strict=True)]
+    return lost[0].sum(1).square() / 2 if method == "fisher" else sum(part.abs().sum(1) for part in lost)
+
+
+def by_row(tensor: Tensor, second: bool) -> Tensor:
+    """A row for each index of the first (or the second) dimension."""
+    return (tensor.transpose(0, 1) if second else tensor).reshape(8, -1)
+
+
+@pytest.mark.parametrize("method", ["magnitude:p=2", "magnitude:p=1", "taylor", "snip", "fisher", "flap", "wanda_sp"])
+def test_a_complex_weight_counts_by_its_magnitude(method: str) -> None:
+    model, (batch,) = sharpened(Spectral()), drawn(1, 2, 12, count=1)
+    result = graphprune.compile(model, keep=0.5, method=method, calibration=[batch])
+    name = next(group.name for group in result.groups if {"v", "w"} <= {member.name for member in group.members})
+    wanted = by_middle_channel(model, batch["x"], method).double()
+    torch.testing.assert_close(result.facts[Scores][name], wanted, rtol=1e-4, atol=1e-6)
+    assert result.model.w.is_complex() and len(result.model.w) < 8
+
+
+@pytest.mark.parametrize("method", ["llm_pruner:order=vector", "llm_pruner:order=mixed", "minitron", "obs", "synflow:rounds=2"])
+def test_every_method_serves_complex_weights(method: str) -> None:
+    result = graphprune.compile(sharpened(Spectral()), keep=0.5, method=method, calibration=drawn(1, 2, 12))
+    assert result.plan.cuts and all(units.isfinite().all() for units in result.facts[Scores].units.values())
+
+
+def test_repairs_and_masks_leave_complex_weights_alone() -> None:
+    model, batches = sharpened(Spectral()), drawn(1, 2, 12)
+    result = graphprune.compile(model, keep=0.5, method="magnitude", calibration=batches, passes=["least_squares"])
+    kept = units(result, "w", 0), units(result, "w", 1)
+    assert torch.equal(result.model.w.detach(), model.w.detach()[kept[0]][:, kept[1]])
+    assert torch.equal(graphprune.sparsify(model, batches, method="magnitude", sparsity=0.5).w, model.w)
