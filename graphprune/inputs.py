@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from torch._export.utils import _compiling_state_context
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers import PreTrainedConfig
 
+from graphprune.copying import duplicate
 from graphprune.device import where
 from graphprune.errors import ModelLimit, UserMistake, first_line
 from graphprune.exportable import exportable
@@ -173,7 +173,7 @@ def _refusal(model: nn.Module, inputs: Mapping[str, Tensor]) -> Exception | None
     with mode:
         weightless: dict[int, Any] = {id(tensor): _blank(tensor) for tensor in (*model.parameters(), *model.buffers())}
         fed = {name: torch.empty_like(value) for name, value in inputs.items()}
-    shadow = copy.deepcopy(model, weightless)
+    shadow = duplicate(model, weightless)
     watched = Repeats(shadow, marked=False).watching()
     try:
         with mode, torch.no_grad(), _unlogged(FAKE_LOG), exportable(shadow), _compiling_state_context(), watched:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -288,3 +289,33 @@ def test_repairs_and_masks_leave_complex_weights_alone() -> None:
     kept = units(result, "w", 0), units(result, "w", 1)
     assert torch.equal(result.model.w.detach(), model.w.detach()[kept[0]][:, kept[1]])
     assert torch.equal(graphprune.sparsify(model, batches, method="magnitude", sparsity=0.5).w, model.w)
+
+
+# ── what a forward leaves in a module ────────────────────────────────────────────────────────────────────────────────
+
+
+class Remembering(nn.Module):
+    """Weights that a forward computes and keeps, as torch's older weight norm does, and states beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            self.a, self.o = nn.utils.weight_norm(nn.Linear(12, 32)), nn.Linear(32, 3)
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.a(x).relu())
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attribute")
+def test_what_the_last_forward_computed_stands_in_no_copys_way() -> None:
+    model, x = sharpened(Remembering()), torch.randn(4, 12)
+    out = model(x)
+    model.seen.append(out)
+    out.sum().backward()
+    result = graphprune.compile(model, x, keep=0.5, method="magnitude")
+    kept = units(result, "a.weight_v", 0)
+    assert len(kept) == 16 and model.seen[0] is out
+    with torch.no_grad():
+        torch.testing.assert_close(result.model(x), F.linear(model.a(x).relu()[:, kept], model.o.weight[:, kept], model.o.bias))
