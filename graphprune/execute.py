@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, fx, nn
 
-from graphprune.calls import is_check, operation
+from graphprune.calls import all_arguments, is_check, operation, schema
 from graphprune.device import CPU, beside, where
 from graphprune.disk import OnDisk
 from graphprune.experts import Gathered, gathers, multiplied
@@ -41,9 +41,14 @@ READS_WEIGHT: Mapping[Any, int] = {
 TYPELESS = frozenset({fx.Node, int, float, bool, str, type(None)})
 """Arguments that say nothing of a dtype or a device; by far the most do."""
 
-RANDOM = ("rand", "randn", "rand_like", "randn_like", "normal", "uniform", "bernoulli", "exponential")
 DRAWN = 0.5
 """What takes the place of every random number where computations of different sizes are compared in another precision."""
+
+STILL: Mapping[str, Any] = {"train": False, "training": False, "dropout_p": 0.0}
+"""Arguments that tell an operation to draw nothing: a dropout then passes on what it is given."""
+
+PLACES = ("multinomial", "randperm")
+"""Operations that draw places: whole numbers, each below the size of what they are places in."""
 
 
 def tensors_of(model: nn.Module, trace: Trace) -> dict[str, Tensor]:
@@ -128,9 +133,10 @@ class Walk:
         if node not in self.calls:
             self.calls[node] = _retyped((node.args, node.kwargs), self.dtype, self.device)
         args, kwargs = fx.map_arg(self.calls[node], fetch)
+        if self.dtype is not None and is_drawn(node):
+            return _undrawn(node, args, kwargs)
         target: Any = multiplied if node.target is aten.bmm.default else node.target
-        value = target(*args, **kwargs)
-        return value.fill_(DRAWN) if self.dtype is not None and is_drawn(node) else value
+        return target(*args, **kwargs)
 
     def stored(self, node: fx.Node) -> Tensor | None:
         """The large weight that an operation reads, in the precision it is stored in, where it need not be whole in another."""
@@ -198,8 +204,25 @@ def _in_parts(node: fx.Node, stored: Tensor, fetch: Callable[[fx.Node], Any], dt
 
 
 def is_drawn(node: fx.Node) -> bool:
-    """Whether a node's value is drawn at random, whatever its operands are."""
-    return operation(node) in RANDOM
+    """Whether chance has a part in a node's value, whatever its operands are."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    told = [value for name, value in all_arguments(node).items() if name in STILL]
+    return not told or any(value not in (False, 0) for value in told)
+
+
+def _undrawn(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What takes the place of a value that chance has a part in: nothing dropped, one number everywhere, places in order."""
+    target: Any = node.target
+    names = [argument.name for argument in schema(target)]
+    if not STILL.keys().isdisjoint(names):
+        still = [STILL.get(name, value) for name, value in zip(names, args, strict=False)]
+        return target(*still, **{name: STILL.get(name, value) for name, value in kwargs.items()})
+    value = target(*args, **kwargs)
+    if operation(node) in PLACES:
+        count = args[0] if operation(node) == "randperm" else args[0].shape[-1]
+        return value.copy_(torch.arange(value.shape[-1], device=value.device) % count)
+    return value.fill_(dict(zip(names, args, strict=False)).get("low", DRAWN))
 
 
 def _retyped(value: Any, dtype: torch.dtype | None, device: torch.device) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -319,3 +320,53 @@ def test_what_the_last_forward_computed_stands_in_no_copys_way() -> None:
     assert len(kept) == 16 and model.seen[0] is out
     with torch.no_grad():
         torch.testing.assert_close(result.model(x), F.linear(model.a(x).relu()[:, kept], model.o.weight[:, kept], model.o.bias))
+
+
+# ── chance in evaluation ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def places_of(h: Tensor) -> Tensor:
+    """Rows in the order of other rows drawn by their size."""
+    return h[torch.multinomial(h.detach().abs().sum(1) + 1, 5, replacement=True)]
+
+
+CHANCE: dict[str, Callable[[Tensor], Tensor]] = {
+    "dropout": lambda h: F.dropout(h, 0.3, training=True),
+    "in place": lambda h: F.dropout(h * 1, 0.3, training=True, inplace=True),
+    "feature": lambda h: F.dropout1d(h[..., None], 0.3, training=True)[..., 0],
+    "alpha": lambda h: F.alpha_dropout(h, 0.3, training=True),
+    "native": lambda h: torch.native_dropout(h, 0.3, True)[0],
+    "attention": lambda h: F.scaled_dot_product_attention(h[None], h[None], h[None], dropout_p=0.3)[0],
+    "slope": lambda h: F.rrelu(h, training=True),
+    "shuffled": lambda h: h + h[torch.randperm(len(h))],
+    "chosen": lambda h: h + places_of(h),
+    "counted": lambda h: h / torch.randint(2, 7, (len(h), 1)),
+    "gumbel": lambda h: h + F.gumbel_softmax(h[:, :1]),
+    "poisson": lambda h: h + torch.poisson(h.abs().sum(1, keepdim=True)),
+}
+
+
+class Chancy(nn.Module):
+    """Draws between two layers, unless told that chance is ``out``."""
+
+    def __init__(self, draw: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.o, self.draw, self.out = nn.Linear(4, 12), nn.Linear(12, 10), nn.Linear(10, 3), draw, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).relu()
+        return self.o(self.b(h if self.out else self.draw(h)).relu())
+
+
+@pytest.mark.parametrize("emit", ["module", "graph"])
+@pytest.mark.parametrize("kind", CHANCE)
+def test_a_model_that_draws_is_checked_with_the_draws_held(kind: str, emit: str) -> None:
+    model, x = sharpened(Chancy(CHANCE[kind])), torch.randn(5, 4)
+    result = graphprune.compile(model, x, keep=0.5, method="magnitude", emit=emit)
+    assert any(group.size == 10 for group in result.groups) and result.plan.cuts
+    assert result.model(x).shape == (5, 3)
+    if emit == "module":
+        model.out = result.model.out = True
+        inner, outer = units(result, "b.weight", 1), units(result, "b.weight", 0)
+        h = F.linear(model.a(x).relu()[:, inner], model.b.weight[outer][:, inner], model.b.bias[outer]).relu()
+        torch.testing.assert_close(result.model(x), F.linear(h, model.o.weight[:, outer], model.o.bias))
