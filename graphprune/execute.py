@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from math import prod
 from typing import Any, TypeGuard
 
@@ -111,6 +112,8 @@ class Walk:
     def step(self, node: fx.Node) -> None:
         if node.op == "placeholder" and node.name in self.inputs:
             self.values[node] = self.own(node, self.inputs[node.name])
+        elif node.op == "get_attr":
+            self.values[node] = _body(self.trace.module.get_submodule(str(node.target)), self.dtype, self.device)
         elif node.op == "call_function" and not is_check(node):
             self.values[node] = self.call(node)
 
@@ -223,6 +226,17 @@ def _undrawn(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
         count = args[0] if operation(node) == "randperm" else args[0].shape[-1]
         return value.copy_(torch.arange(value.shape[-1], device=value.device) % count)
     return value.fill_(dict(zip(names, args, strict=False)).get("low", DRAWN))
+
+
+def _body(module: nn.Module, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
+    """A branch or the body of a loop, which its operation runs by itself, with its literal dtypes and devices replaced."""
+    body = deepcopy(module)
+    for part in body.modules():
+        if isinstance(part, fx.GraphModule):
+            for node in part.graph.nodes:
+                node.args, node.kwargs = _retyped(node.args, dtype, device), _retyped(node.kwargs, dtype, device)
+            part.recompile()
+    return body
 
 
 def _retyped(value: Any, dtype: torch.dtype | None, device: torch.device) -> Any:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._higher_order_ops import scan, while_loop
 from transformers.modeling_outputs import ImageClassifierOutput
 
 import graphprune
@@ -370,3 +372,88 @@ def test_a_model_that_draws_is_checked_with_the_draws_held(kind: str, emit: str)
         inner, outer = units(result, "b.weight", 1), units(result, "b.weight", 0)
         h = F.linear(model.a(x).relu()[:, inner], model.b.weight[outer][:, inner], model.b.bias[outer]).relu()
         torch.testing.assert_close(result.model(x), F.linear(h, model.o.weight[:, outer], model.o.bias))
+
+
+# ── control flow ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Branching(nn.Module):
+    """Part of the forward is an operator that runs functions of its own; before and after it are ordinary layers."""
+
+    def __init__(self, flow: Callable[[Branching, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.o = nn.Linear(4, 12), nn.Linear(12, 10), nn.Linear(10, 16), nn.Linear(16, 3)
+        self.left, self.right, self.flow = nn.Linear(10, 10), nn.Linear(10, 10), flow
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.c(self.flow(self, self.b(self.a(x).relu()))).relu())
+
+
+def branches(net: Branching, h: Tensor) -> Tensor:
+    return torch.cond(
+        h.sum() > 0, lambda t: net.left(t).float(), lambda t: net.right(t) - torch.ones(10, dtype=torch.float32), (h,)
+    )
+
+
+def loops(_: Branching, h: Tensor) -> Tensor:
+    return while_loop(lambda i, t: i < 3, lambda i, t: (i + 1, t * 1.5), (torch.tensor(0), h))[1]
+
+
+def scans(_: Branching, h: Tensor) -> Tensor:
+    return scan(lambda c, t: (c / 2 + t, c + t.sin()), torch.zeros(10), h)[1]
+
+
+def without_gradients(net: Branching, h: Tensor) -> Tensor:
+    with torch.no_grad():
+        h = torch.cond(h.sum() > 0, lambda t: t * 2, lambda t: t - 1, (h,))
+    return branches(net, h)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("emit", ["module", "graph"])
+@pytest.mark.parametrize("flow", [branches, loops, scans, without_gradients])
+def test_what_flows_through_control_flow_stays_whole_and_the_rest_shrinks(flow: Any, emit: str, tmp_path: Path) -> None:
+    model, x = sharpened(Branching(flow)), torch.randn(5, 4)
+    result = graphprune.compile(model, x, keep=0.5, method="magnitude", emit=emit)
+    assert sorted(group.size for group in result.groups) == [12, 16]
+    assert "control flow" in result.groups.explain("b.weight")
+    before, after = units(result, "a.weight", 0), units(result, "c.weight", 0)
+    for batch in (x, -x):
+        h = flow(model, F.linear(model.a(batch).relu()[:, before], model.b.weight[:, before], model.b.bias))
+        wanted = F.linear(model.c(h).relu()[:, after], model.o.weight[:, after], model.o.bias)
+        torch.testing.assert_close(result.model(batch), wanted)
+    graphprune.save(result, tmp_path / "saved")
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize("method", ["flap", "obs", "taylor"])
+def test_methods_that_look_at_data_look_around_control_flow(method: str) -> None:
+    model = sharpened(Valued(branches))
+    result = graphprune.compile(model, keep=0.5, method=method, calibration=drawn(5, 4), passes=["least_squares"])
+    assert result.plan.cuts
+
+
+class Valued(Branching):
+    """The same, saying its loss."""
+
+    def forward(self, x: Tensor) -> ImageClassifierOutput:
+        out = super().forward(x)
+        return ImageClassifierOutput(loss=out.square().mean(), logits=out)
+
+
+class Step(nn.Module):
+    """A residual block that branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.cond(x.sum() > 0, lambda t: t * 2, lambda t: t - 1, (self.down(self.up(x).relu()),))
+
+
+def test_blocks_that_branch_are_written_out_from_one_another() -> None:
+    model, x = sharpened(nn.Sequential(Step(), Step(), Step(), nn.Linear(6, 3))), torch.randn(5, 6)
+    assert [str(node) for node in trace(model, x).graph.nodes if "cond" in str(node.target)] == ["cond", "cond_1", "cond_2"]
+    result = graphprune.compile(model, x, keep=0.5, method="magnitude", emit="graph")
+    assert len(result.groups) == 3 and result.model(x).shape == (5, 3)
