@@ -39,6 +39,9 @@ READS_WEIGHT: Mapping[Any, int] = {
 }  # fmt: skip
 """Operations that need their weight, the argument of this number, in parts only."""
 
+SINGLE = (aten.fake_quantize_per_channel_affine.default, aten._fake_quantize_learnable_per_channel_affine.default)
+"""Operations whose steps are in single precision, whatever is rounded to them."""
+
 TYPELESS = frozenset({fx.Node, int, float, bool, str, type(None)})
 """Arguments that say nothing of a dtype or a device; by far the most do."""
 
@@ -136,6 +139,8 @@ class Walk:
         if node not in self.calls:
             self.calls[node] = _retyped((node.args, node.kwargs), self.dtype, self.device)
         args, kwargs = fx.map_arg(self.calls[node], fetch)
+        if self.dtype is not None and node.target in SINGLE:
+            args = (args[0], *map(_single, args[1:]))
         if self.dtype is not None and is_drawn(node):
             return _undrawn(node, args, kwargs)
         target: Any = multiplied if node.target is aten.bmm.default else node.target
@@ -180,6 +185,10 @@ class Walk:
 
     def cast(self, value: Any) -> Any:
         return value.to(_replaced(value.dtype, self.dtype)) if isinstance(value, Tensor) else value
+
+
+def _single(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def finish(walk: Walk, nodes: Iterable[fx.Node], dying: Mapping[fx.Node, Sequence[fx.Node]]) -> Any:

@@ -73,10 +73,11 @@ def _save_program(model: PrunedGraph, example: Example, folder: Path) -> None:
     For ONNX, hand a smaller model, module or graph, to torch's own exporter: ``torch.onnx.export(model, args, dynamo=True)``.
     """
     args, kwargs = beside(as_call(example.inputs), where(model))
-    try:
-        program = torch.export.export(model, args, kwargs, dynamic_shapes={"args": open_sizes(args, {})}, strict=False)
-    except Exception:  # noqa: BLE001  whatever stands against open sizes, fixed ones are the answer
-        program = torch.export.export(model, args, kwargs, strict=False)
+    with exportable(model, experts=None):
+        try:
+            program = torch.export.export(model, args, kwargs, dynamic_shapes={"args": open_sizes(args, {})}, strict=False)
+        except Exception:  # noqa: BLE001  whatever stands against open sizes, fixed ones are the answer
+            program = torch.export.export(model, args, kwargs, strict=False)
     torch.export.save(program, folder / PROGRAM)
 
 

@@ -457,3 +457,38 @@ def test_blocks_that_branch_are_written_out_from_one_another() -> None:
     assert [str(node) for node in trace(model, x).graph.nodes if "cond" in str(node.target)] == ["cond", "cond_1", "cond_2"]
     result = graphprune.compile(model, x, keep=0.5, method="magnitude", emit="graph")
     assert len(result.groups) == 3 and result.model(x).shape == (5, 3)
+
+
+# ── quantisation in training ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Quantised(nn.Module):
+    """Weights and activations rounded to the steps of their channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 4, 1)
+        for name in ("weight", "activation"):
+            self.register_buffer(f"{name}_scale", torch.rand(12) / 20 + 0.01)
+            self.register_buffer(f"{name}_zero", torch.randint(-3, 3, (12,), dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch.fake_quantize_per_channel_affine(self.a.weight, self.weight_scale, self.weight_zero, 0, -128, 127)
+        h = F.conv2d(x, weight, self.a.bias).relu()
+        return self.o(torch.fake_quantize_per_channel_affine(h, self.activation_scale, self.activation_zero, 1, -128, 127))
+
+
+@pytest.mark.parametrize("emit", ["module", "graph"])
+def test_scales_and_zero_points_go_with_their_channels(emit: str, tmp_path: Path) -> None:
+    model, x = sharpened(Quantised()), torch.randn(2, 3, 6, 6)
+    result = graphprune.compile(model, x, keep=0.5, method="magnitude", emit=emit)
+    kept = units(result, "a.weight", 0)
+    assert len(kept) == 6 and units(result, "activation_zero", 0) == units(result, "weight_scale", 0) == kept
+    for conv in (model.a, model.o):
+        conv.weight.requires_grad_(False)
+    model.o.weight[:, [channel for channel in range(12) if channel not in kept]] = 0
+    torch.testing.assert_close(result.model(x), model(x))
+    graphprune.save(result, tmp_path)
+    saved = tmp_path / "model.pt2"
+    loaded = torch.export.load(saved).module() if emit == "graph" else graphprune.load(tmp_path, sharpened(Quantised()))
+    torch.testing.assert_close(loaded(x), model(x))
