@@ -492,3 +492,44 @@ def test_scales_and_zero_points_go_with_their_channels(emit: str, tmp_path: Path
     saved = tmp_path / "model.pt2"
     loaded = torch.export.load(saved).module() if emit == "graph" else graphprune.load(tmp_path, sharpened(Quantised()))
     torch.testing.assert_close(loaded(x), model(x))
+
+
+# ── constant positions ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Picking(nn.Module):
+    """Units in other places, and some of them, by a constant that the model keeps, by data, or by slices."""
+
+    def __init__(self, pick: Callable[[Picking, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.o, self.pick = nn.Linear(4, 12), nn.LazyLinear(3), pick
+        self.register_buffer("order", torch.randperm(12))
+        self.register_buffer("mask", torch.arange(12) % 3 > 0)
+        self(torch.randn(1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.pick(self, self.a(x).relu()))
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize(
+    ("pick", "words"),
+    [
+        (lambda net, h: h[..., net.order], "positions that a constant lists; slices or a transpose"),
+        (lambda net, h: h.index_select(-1, net.order), "positions that a constant lists; slices or a transpose"),
+        (lambda net, h: h[..., net.mask], "a mask that is a constant; slices"),
+        (lambda net, h: h[..., h[0].long().clamp(0, 11)], "indexed by data"),
+        (lambda net, h: h[..., h[0] > 0], "indexed by a mask "),
+    ],
+)
+def test_units_picked_by_a_constant_stay_with_words_on_what_could_be_followed(pick: Any, words: str) -> None:
+    net, x = Picking(pick), torch.randn(2, 4)
+    groups = couple(propagate(trace(net, x)))
+    assert not any(member.name == "a.weight" for group in groups for member in group.members)
+    assert words in groups.explain("a.weight")
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_what_the_words_advise_can_be_followed() -> None:
+    model = sharpened(Picking(lambda _, h: torch.cat([h.unflatten(-1, (3, 4)).mT.flatten(-2), h[..., :4]], -1)))
+    assert graphprune.compile(model, torch.randn(2, 4), keep=0.5, method="magnitude", emit="graph").plan.cuts
