@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import deepcopy
 from math import prod
 from typing import Any, TypeGuard
 
@@ -116,7 +115,7 @@ class Walk:
         if node.op == "placeholder" and node.name in self.inputs:
             self.values[node] = self.own(node, self.inputs[node.name])
         elif node.op == "get_attr":
-            self.values[node] = _body(self.trace.module.get_submodule(str(node.target)), self.dtype, self.device)
+            self.values[node] = Part(self.trace.module.get_submodule(str(node.target)), self.dtype, self.device)
         elif node.op == "call_function" and not is_check(node):
             self.values[node] = self.call(node)
 
@@ -191,6 +190,31 @@ def _single(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
+class Part(fx.Interpreter):
+    """A branch or the body of a loop, which its operation runs by itself: run as a walk runs the graph around it."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None, device: torch.device) -> None:
+        super().__init__(module)
+        self.dtype, self.device = dtype, device
+
+    def __call__(self, *args: Any) -> Any:
+        """What it gives."""
+        return self.run(*args)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A part of its own."""
+        found = super().get_attr(target, args, kwargs)
+        return Part(found, self.dtype, self.device) if isinstance(found, nn.Module) else found
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The value of a node."""
+        if n.op != "call_function":
+            return super().run_node(n)
+        args, kwargs = _retyped(self.fetch_args_kwargs_from_env(n), self.dtype, self.device)
+        target: Any = n.target
+        return _undrawn(n, args, kwargs) if self.dtype is not None and is_drawn(n) else target(*args, **kwargs)
+
+
 def finish(walk: Walk, nodes: Iterable[fx.Node], dying: Mapping[fx.Node, Sequence[fx.Node]]) -> Any:
     """Compute the given nodes, values dropped as ``last_uses`` has it; what the graph returns, where they reach its output."""
     for node in nodes:
@@ -235,17 +259,6 @@ def _undrawn(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
         count = args[0] if operation(node) == "randperm" else args[0].shape[-1]
         return value.copy_(torch.arange(value.shape[-1], device=value.device) % count)
     return value.fill_(dict(zip(names, args, strict=False)).get("low", DRAWN))
-
-
-def _body(module: nn.Module, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
-    """A branch or the body of a loop, which its operation runs by itself, with its literal dtypes and devices replaced."""
-    body = deepcopy(module)
-    for part in body.modules():
-        if isinstance(part, fx.GraphModule):
-            for node in part.graph.nodes:
-                node.args, node.kwargs = _retyped(node.args, dtype, device), _retyped(node.kwargs, dtype, device)
-            part.recompile()
-    return body
 
 
 def _retyped(value: Any, dtype: torch.dtype | None, device: torch.device) -> Any:

@@ -409,6 +409,20 @@ def without_gradients(net: Branching, h: Tensor) -> Tensor:
     return branches(net, h)
 
 
+def draws(_: Branching, h: Tensor) -> Tensor:
+    def inner(t: Tensor) -> Tensor:
+        return torch.cond(t.sum() > 3, lambda u: F.dropout(u, 0.5, training=True), lambda u: u + torch.rand_like(u), (t,))
+
+    return torch.cond(h.sum() > 0, inner, lambda t: F.dropout(t, 0.5, training=True), (h,))
+
+
+@pytest.mark.parametrize("emit", ["module", "graph"])
+def test_draws_within_control_flow_are_held_too(emit: str) -> None:
+    model, x = sharpened(Branching(draws)), torch.randn(5, 4)
+    for sign in (1, -1):
+        assert graphprune.compile(model, sign * x, keep=0.5, method="magnitude", emit=emit).plan.cuts
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("emit", ["module", "graph"])
 @pytest.mark.parametrize("flow", [branches, loops, scans, without_gradients])
