@@ -13,18 +13,24 @@ from torch import Tensor, fx, nn
 from graphprune.abreast import Abreast
 from graphprune.axes import Axis, Place
 from graphprune.calls import operation
+from graphprune.disk import rows
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.execute import tensors_of
 from graphprune.experts import gathers
 from graphprune.groups import Groups
 from graphprune.propagate import Axes
 from graphprune.ranks import dealt, summed
+from graphprune.score import Each, profile
 from graphprune.trace import Trace
 
 
 @dataclass(frozen=True, slots=True)
 class Consumer:
-    """A contraction of an activation with a weight: ``weight``'s dimension ``dim`` meets dimension ``place`` of ``operand``."""
+    """A contraction of an activation with a weight: where ``weight``'s dimension ``dim`` meets ``operand``'s dimension ``place``.
+
+    ``axis`` is what is summed over, ``width`` all of the operand's dimension: a grouped convolution sums over a part of it, each
+    group over its own.
+    """
 
     node: fx.Node
     operand: fx.Node
@@ -32,6 +38,7 @@ class Consumer:
     weight: str
     dim: int
     axis: Axis
+    width: Axis
 
 
 SeeInput = Callable[[Consumer, Tensor], None]
@@ -55,7 +62,8 @@ def consumers(axes: Axes, *, experts: bool = True) -> tuple[Consumer, ...]:
                 if mine.operand in weights and other.operand not in weights and mine.axis == other.axis:
                     name, turned = weights[mine.operand]
                     dim = 1 - mine.dim if turned else mine.dim
-                    found.append(Consumer(node, other.operand, other.dim, name, dim, mine.axis))
+                    width = axes.nodes[other.operand][other.dim]
+                    found.append(Consumer(node, other.operand, other.dim, name, dim, mine.axis, width))
     return tuple(found)
 
 
@@ -107,9 +115,20 @@ def readers(groups: Groups) -> dict[str, tuple[Consumer, ...]]:
     return found
 
 
+def columns(reader: Consumer, weight: Tensor, each: Each) -> Tensor:
+    """``each`` of a weight summed over all that reads one input: (width,), float64. What reads an input of a grouped convolution
+    is its own group."""
+    groups = reader.width.size // weight.shape[reader.dim]
+    if groups == 1:
+        return profile(weight, reader.dim, each)
+    step = len(weight) // groups
+    return torch.cat([profile(rows(weight, start, start + step), reader.dim, each) for start in range(0, len(weight), step)])
+
+
 @dataclass(frozen=True, slots=True)
 class Power:
-    """What one consumer reads, over all positions of all batches: mean and mean square of each input, (width,), float64."""
+    """What one consumer reads, over all positions of all batches: mean (parts, width), of complex numbers both parts', and mean
+    square (width,) of each input, float64."""
 
     mean: Tensor
     square: Tensor
@@ -117,7 +136,7 @@ class Power:
     @property
     def variance(self) -> Tensor:
         """Population variance of each input."""
-        return (self.square - self.mean.square()).clamp_min(0)
+        return (self.square - self.mean.square().sum(0)).clamp_min(0)
 
 
 def input_power(model: nn.Module, groups: Groups, batches: Iterable[Mapping[str, Any]]) -> dict[Consumer, Power]:
@@ -128,14 +147,17 @@ def input_power(model: nn.Module, groups: Groups, batches: Iterable[Mapping[str,
 
     def see(consumer: Consumer, x: Tensor) -> None:
         if consumer in number:
-            count = torch.full((1, x.shape[1]), float(len(x)), dtype=torch.float64, device=x.device)
-            parts = torch.cat([x.sum(0, dtype=torch.float64)[None], x.double().square().sum(0)[None], count])
+            numbers = [x.real, x.imag] if x.is_complex() else [x]
+            means = [part.sum(0, dtype=torch.float64) for part in numbers]
+            square = torch.stack([part.double().square().sum(0) for part in numbers]).sum(0)
+            parts = torch.stack([*means, square, torch.full_like(square, len(x))])
             sums[number[consumer]] = sums[number[consumer]] + parts if number[consumer] in sums else parts
 
     axes = groups.axes
     see_inputs(axes, tensors_of(model, axes.trace), batches, see, wanted={consumer.weight for consumer in wanted})
     totals = summed(sums)
-    return {consumer: Power(*(totals[i][:2] / totals[i][2])) for consumer, i in number.items()}
+    means = {consumer: totals[i][:-1] / totals[i][-1] for consumer, i in number.items()}
+    return {consumer: Power(found[:-1], found[-1]) for consumer, found in means.items()}
 
 
 def see_inputs(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from graphprune.budget import Budget, for_kind
+from graphprune.copying import duplicate
 from graphprune.cost import MEASURES, cost
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.execute import tensors_of
@@ -183,7 +183,7 @@ def without_elements(model: nn.Module, stays: Elements, *, renumber: bool = True
     memo: dict[int, Any] = {}
     for stack, kept in stays.items():
         memo |= {id(child): None for name, child in model.get_submodule(stack).named_children() if int(name) not in kept}
-    smaller = deepcopy(model, memo)
+    smaller = duplicate(model, memo)
     for stack, kept in stays.items():
         new = smaller.get_submodule(stack)
         new._modules = {str(place): new._modules[str(element)] for place, element in enumerate(kept)}

@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, fx, nn
 
-from graphprune.calls import is_check, operation
+from graphprune.calls import all_arguments, is_check, operation, schema
 from graphprune.device import CPU, beside, where
 from graphprune.disk import OnDisk
 from graphprune.experts import Gathered, gathers, multiplied
@@ -38,12 +38,20 @@ READS_WEIGHT: Mapping[Any, int] = {
 }  # fmt: skip
 """Operations that need their weight, the argument of this number, in parts only."""
 
+SINGLE = (aten.fake_quantize_per_channel_affine.default, aten._fake_quantize_learnable_per_channel_affine.default)
+"""Operations whose steps are in single precision, whatever is rounded to them."""
+
 TYPELESS = frozenset({fx.Node, int, float, bool, str, type(None)})
 """Arguments that say nothing of a dtype or a device; by far the most do."""
 
-RANDOM = ("rand", "randn", "rand_like", "randn_like", "normal", "uniform", "bernoulli", "exponential")
 DRAWN = 0.5
 """What takes the place of every random number where computations of different sizes are compared in another precision."""
+
+STILL: Mapping[str, Any] = {"train": False, "training": False, "dropout_p": 0.0}
+"""Arguments that tell an operation to draw nothing: a dropout then passes on what it is given."""
+
+PLACES = ("multinomial", "randperm")
+"""Operations that draw places: whole numbers, each below the size of what they are places in."""
 
 
 def tensors_of(model: nn.Module, trace: Trace) -> dict[str, Tensor]:
@@ -107,6 +115,8 @@ class Walk:
         """Compute an input or an operation; weights, checks and the output are left alone."""
         if node.op == "placeholder" and node.name in self.inputs:
             self.values[node] = self.own(node, self.inputs[node.name])
+        elif node.op == "get_attr":
+            self.values[node] = Part(self.trace.module.get_submodule(str(node.target)), self.dtype, self.device)
         elif node.op == "call_function" and not is_check(node):
             self.values[node] = self.call(node)
 
@@ -131,9 +141,12 @@ class Walk:
         if node not in self.calls:
             self.calls[node] = _retyped((node.args, node.kwargs), self.dtype, self.device)
         args, kwargs = fx.map_arg(self.calls[node], fetch)
+        if self.dtype is not None and node.target in SINGLE:
+            args = (args[0], *map(_single, args[1:]))
+        if self.dtype is not None and is_drawn(node):
+            return _undrawn(node, args, kwargs)
         target: Any = multiplied if node.target is aten.bmm.default else node.target
-        value = target(*args, **kwargs)
-        return value.fill_(DRAWN) if self.dtype is not None and is_drawn(node) else value
+        return target(*args, **kwargs)
 
     def stored(self, node: fx.Node) -> Tensor | None:
         """The large weight that an operation reads, in the precision it is stored in, where it need not be whole in another."""
@@ -177,6 +190,35 @@ class Walk:
         return value.to(_replaced(value.dtype, self.dtype)) if isinstance(value, Tensor) else value
 
 
+def _single(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+class Part(fx.Interpreter):
+    """A branch or the body of a loop, which its operation runs by itself: run as a walk runs the graph around it."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None, device: torch.device) -> None:
+        super().__init__(module)
+        self.dtype, self.device = dtype, device
+
+    def __call__(self, *args: Any) -> Any:
+        """What it gives."""
+        return self.run(*args)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A part of its own."""
+        found = super().get_attr(target, args, kwargs)
+        return Part(found, self.dtype, self.device) if isinstance(found, nn.Module) else found
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The value of a node."""
+        if n.op != "call_function":
+            return super().run_node(n)
+        args, kwargs = _retyped(self.fetch_args_kwargs_from_env(n), self.dtype, self.device)
+        target: Any = n.target
+        return _undrawn(n, args, kwargs) if self.dtype is not None and is_drawn(n) else target(*args, **kwargs)
+
+
 def finish(walk: Walk, nodes: Iterable[fx.Node], dying: Mapping[fx.Node, Sequence[fx.Node]]) -> Any:
     """Compute the given nodes, values dropped as ``last_uses`` has it; what the graph returns, where they reach its output."""
     for node in nodes:
@@ -202,8 +244,25 @@ def _in_parts(node: fx.Node, stored: Tensor, fetch: Callable[[fx.Node], Any], dt
 
 
 def is_drawn(node: fx.Node) -> bool:
-    """Whether a node's value is drawn at random, whatever its operands are."""
-    return operation(node) in RANDOM
+    """Whether chance has a part in a node's value, whatever its operands are."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    told = [value for name, value in all_arguments(node).items() if name in STILL]
+    return not told or any(value not in (False, 0) for value in told)
+
+
+def _undrawn(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What takes the place of a value that chance has a part in: nothing dropped, one number everywhere, places in order."""
+    target: Any = node.target
+    names = [argument.name for argument in schema(target)]
+    if not STILL.keys().isdisjoint(names):
+        still = [STILL.get(name, value) for name, value in zip(names, args, strict=False)]
+        return target(*still, **{name: STILL.get(name, value) for name, value in kwargs.items()})
+    value = target(*args, **kwargs)
+    if operation(node) in PLACES:
+        count = args[0] if operation(node) == "randperm" else args[0].shape[-1]
+        return value.copy_(torch.arange(value.shape[-1], device=value.device) % count)
+    return value.fill_(dict(zip(names, args, strict=False)).get("low", DRAWN))
 
 
 def _retyped(value: Any, dtype: torch.dtype | None, device: torch.device) -> Any:

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 BATCHED, GROUPED = "batched_mm", "grouped_mm"
 """Ways of running experts: a product a row, and one product of all rows, sorted by their expert."""
 
+QUANTIZED = "fake_quantize_per_channel_affine_cachemask"
+
 
 @contextmanager
 def exportable(model: nn.Module, experts: str | None = BATCHED) -> Iterator[None]:
@@ -22,6 +24,7 @@ def exportable(model: nn.Module, experts: str | None = BATCHED) -> Iterator[None
     product nobody can tell which expert they came from; in batched products all is said. None leaves the model its own.
     """
     with ExitStack() as undo:
+        undo.enter_context(_shapes_said())
         training = [module for module in model.modules() if module.training]
         for module in training:
             undo.callback(setattr, module, "training", True)
@@ -37,6 +40,17 @@ def exportable(model: nn.Module, experts: str | None = BATCHED) -> Iterator[None
             if own is not None:
                 undo.callback(model.set_experts_implementation, own)
             model.set_experts_implementation(experts)
+        yield
+
+
+@contextmanager
+def _shapes_said() -> Iterator[None]:
+    """What torch can run and cannot trace with open sizes, since it was never told the shapes of its results: those."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{QUANTIZED}", "Meta"):
+        yield
+        return
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl(QUANTIZED, lambda x, *_: (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)), "Meta")
         yield
 
 

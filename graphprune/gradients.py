@@ -99,7 +99,7 @@ def _only_gradients_of(model: nn.Module, names: Collection[str] | None) -> Itera
         raise UserMistake("gradients of weights in files are computed on the CPU", fix="leave out --device, or --stream")
     before = {name: (parameter.requires_grad, parameter.grad) for name, parameter in named.items()}
     modes = {module: module.training for module in model.modules()}
-    chosen = {name: p for name, p in named.items() if (names is None or name in names) and p.is_floating_point()}
+    chosen = {name: p for name, p in named.items() if (names is None or name in names) and _is_inexact(p)}
     try:
         model.eval()
         for name, parameter in named.items():
@@ -113,6 +113,10 @@ def _only_gradients_of(model: nn.Module, names: Collection[str] | None) -> Itera
             parameter.grad = before[name][1]
         for module, mode in modes.items():
             module.training = mode
+
+
+def _is_inexact(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 @contextmanager

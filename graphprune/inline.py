@@ -19,9 +19,10 @@ def inline(module: fx.GraphModule) -> fx.GraphModule:
     """The same computation with every run-once region spliced into one flat graph."""
     flat = fx.Graph()
     places = {node: _placed(flat, node) for node in module.graph.nodes if node.op == "placeholder"}
-    flat.output(_splice(module, flat, places))
+    bodies: dict[str, Any] = {}
+    flat.output(_splice(module, flat, places, bodies))
     flat.eliminate_dead_code(is_impure_node=lambda node: node.op != "get_attr")
-    return fx.GraphModule(module, flat)
+    return fx.GraphModule(bodies, flat)
 
 
 def _placed(flat: fx.Graph, node: fx.Node) -> fx.Node:
@@ -31,18 +32,23 @@ def _placed(flat: fx.Graph, node: fx.Node) -> fx.Node:
     return copy
 
 
-def _splice(module: fx.GraphModule, flat: fx.Graph, values: dict[fx.Node, Any], casts: bool = False) -> Any:
+def _splice(module: fx.GraphModule, flat: fx.Graph, values: dict[fx.Node, Any], bodies: dict[str, Any], casts: bool = False) -> Any:
     """Copy the nodes of ``module`` into ``flat``, given its placeholders' values; returns what ``module`` returns.
 
-    ``casts`` where operations cast their operands as autocast has it.
+    ``casts`` where operations cast their operands as autocast has it; ``bodies`` are the parts that operations run by themselves,
+    each under a name of its own.
     """
     for node in module.graph.nodes:
         if node.op == "output":
             return fx.map_arg(node.args[0], values.__getitem__)
         if _is_region(node):
-            values[node] = _splice_region(module, node, flat, values, casts)
+            values[node] = _splice_region(module, node, flat, values, bodies, casts)
         elif takes_part(node) and isinstance(values[node.args[0]], tuple | list):
             values[node] = values[node.args[0]][node.args[1]]
+        elif node.op == "get_attr":
+            name = f"body_{len(bodies)}"
+            bodies[name] = module.get_submodule(str(node.target))
+            values[node] = flat.get_attr(name)
         elif node.op != "placeholder":
             values[node] = flat.node_copy(node, values.__getitem__)
             if casts:
@@ -54,7 +60,9 @@ def _is_region(node: fx.Node) -> bool:
     return node.op == "call_function" and getattr(node.target, "__name__", "") in INLINED
 
 
-def _splice_region(module: fx.GraphModule, node: fx.Node, flat: fx.Graph, values: dict[fx.Node, Any], casts: bool) -> Any:
+def _splice_region(
+    module: fx.GraphModule, node: fx.Node, flat: fx.Graph, values: dict[fx.Node, Any], bodies: dict[str, Any], casts: bool
+) -> Any:
     place = next(i for i, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr")
     body = module.get_submodule(str(node.args[place].target))  # type: ignore[union-attr]
     assert isinstance(body, fx.GraphModule)
@@ -62,7 +70,7 @@ def _splice_region(module: fx.GraphModule, node: fx.Node, flat: fx.Graph, values
     holders = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
     if "autocast" in str(node.target):
         casts = bool(node.args[2])
-    return _splice(body, flat, dict(zip(holders, operands, strict=True)), casts)
+    return _splice(body, flat, dict(zip(holders, operands, strict=True)), bodies, casts)
 
 
 def _cast_operands(node: fx.Node) -> None:

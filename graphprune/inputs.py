@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
@@ -15,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from transformers import PreTrainedConfig
 
 from graphprune import quiet
+from graphprune.copying import duplicate
 from graphprune.device import where
 from graphprune.errors import ModelLimit, UserMistake, first_line
 from graphprune.exportable import exportable
@@ -171,7 +171,7 @@ def _refusal(model: nn.Module, inputs: Mapping[str, Tensor]) -> Exception | None
     with mode:
         weightless: dict[int, Any] = {id(tensor): _blank(tensor) for tensor in (*model.parameters(), *model.buffers())}
         fed = {name: torch.empty_like(value) for name, value in inputs.items()}
-    shadow = copy.deepcopy(model, weightless)
+    shadow = duplicate(model, weightless)
     watched = Repeats(shadow, marked=False).watching()
     try:
         with mode, torch.no_grad(), quiet.tracing(), exportable(shadow), _compiling_state_context(), watched:

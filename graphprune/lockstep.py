@@ -175,8 +175,7 @@ class _Pair:
     def site(self, product: Product) -> Site:
         """What the smaller model keeps of a product's inputs."""
         weight = self.then.tensors[product.weight]
-        dim = product.layout.inputs if isinstance(product.layout, Contracted) else 1
-        axis = self.axes.tensors[product.weight][dim]
+        axis = self.axes.tensors[product.weight][product.layout.inputs]
         span = 1 if isinstance(product.layout, Contracted) else weight[0, 0].numel()
         kept = torch.tensor(axis.kept(self.keep), device=weight.device)
         kept = (kept[:, None] * span + torch.arange(span, device=weight.device)).flatten()
@@ -200,9 +199,8 @@ class _Pair:
     def _rows(self, product: Product) -> Tensor:
         """The original's matrix with all its inputs and only the rows that survive, in float32 or better."""
         layout, weight = product.layout, self.then.tensors[product.weight]
-        inputs = layout.inputs if isinstance(layout, Contracted) else 1
         whole = Axis(())
-        axes = tuple(whole if dim == inputs else axis for dim, axis in enumerate(self.axes.tensors[product.weight]))
+        axes = tuple(whole if dim == layout.inputs else axis for dim, axis in enumerate(self.axes.tensors[product.weight]))
         return precise(layout.matrix(cut(weight, axes, self.keep))[0].detach())
 
     def _bias(self, product: Product) -> str | None:
@@ -244,5 +242,5 @@ class _Pair:
 
 def _outputs(value: Tensor, product: Product) -> Tensor:
     """An output-shaped value as (positions, rows), in float32 or better."""
-    dim = -1 if isinstance(product.layout, Contracted) else 1
+    dim = -1 if isinstance(product.layout, Contracted) else -1 - len(product.layout.kernel)
     return precise(value.movedim(dim, -1).flatten(0, -2))

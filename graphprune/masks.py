@@ -8,7 +8,6 @@ layers before it really send, for one forward pass in all, whatever the architec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import deepcopy
 from math import gcd
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from graphprune.copying import duplicate
 from graphprune.data import Calibration
 from graphprune.errors import UserMistake
 from graphprune.execute import tensors_of
@@ -58,7 +58,7 @@ def sparsify(
     shape = pattern_of(sparsity, pattern)
     step = find_mask(method, **(options or {}))
     batches = _batches(model, calibration, example_inputs, needed=bool(statistics_of(step)))
-    sparse, say = deepcopy(model), progress or _silent
+    sparse, say = duplicate(model), progress or _silent
     axes = propagate(trace(sparse, batches[0], experts=GROUPED))
     chosen, spared = _choose(products(axes, routed=True), axes.trace, ends(axes), skip, shape)
     if not chosen:
@@ -147,7 +147,7 @@ def semi_structured_copy(model: nn.Module) -> nn.Module:
 
     Raises UserMistake when no weight is 2:4, and off CUDA or in float32, where there are no kernels.
     """
-    smaller = deepcopy(model)
+    smaller = duplicate(model)
     linears = [module for module in smaller.modules() if isinstance(module, nn.Linear) and _is_two_of_four(module.weight)]
     if not linears:
         raise UserMistake("no linear layer is 2:4 sparse", fix='sparsify(…, pattern="2:4")')

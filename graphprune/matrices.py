@@ -19,6 +19,8 @@ from graphprune.calls import all_arguments, operation
 from graphprune.capture import consumers
 from graphprune.propagate import Axes
 
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution")
+
 
 @dataclass(frozen=True, slots=True)
 class Contracted:
@@ -60,6 +62,11 @@ class Convolved:
     dilation: tuple[int, ...]
     groups: int
 
+    @property
+    def inputs(self) -> int:
+        """The kernel's dimension that is summed over, beside space."""
+        return 1
+
     def matrix(self, weight: Tensor) -> Tensor:
         """The kernel as (groups, rows, channels · kernel)."""
         return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
@@ -81,6 +88,43 @@ class Convolved:
 
 
 @dataclass(frozen=True, slots=True)
+class Transposed(Convolved):
+    """A transposed convolution as the convolution that it is, kernel turned round, of an input ``spread`` out among zeros.
+
+    ``stride`` and ``padding`` are those of that convolution: steps of one, and what the input is surrounded by once spread out.
+    """
+
+    spread: tuple[int, ...]
+
+    @property
+    def inputs(self) -> int:
+        """The kernel's dimension that is summed over, beside space."""
+        return 0
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The kernel as (groups, rows, channels · kernel)."""
+        return Convolved.matrix(self, self._turned(weight))
+
+    def restored(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        """Back in the kernel's shape."""
+        return self._turned(matrix.reshape(-1, weight.shape[0] // self.groups, *self.kernel))
+
+    def vectors(self, value: Tensor) -> Tensor:
+        """What meets in each point of the output: (groups, positions, channels · kernel)."""
+        space = len(self.spread)
+        sizes = ((size - 1) * step + 1 for size, step in zip(value.shape[-space:], self.spread, strict=True))
+        spread = value.new_zeros([*value.shape[:-space], *sizes])
+        places: Any = (..., *(slice(None, None, step) for step in self.spread))
+        spread[places] = value
+        return Convolved.vectors(self, spread)
+
+    def _turned(self, weight: Tensor) -> Tensor:
+        """(groups · one, other, kernel) → (groups · other, one, kernel), space backwards; its own inverse."""
+        parts = weight.reshape(self.groups, -1, *weight.shape[1:])
+        return parts.transpose(1, 2).flatten(0, 1).flip(tuple(range(2, weight.ndim)))
+
+
+@dataclass(frozen=True, slots=True)
 class Product:
     """One multiplication of an activation (``operand``) by a parameter (``weight``, by its traced name) at ``node``.
 
@@ -95,10 +139,11 @@ class Product:
 
 
 def products(axes: Axes, *, routed: bool = False) -> tuple[Product, ...]:
-    """Every product with a parameter, in execution order; a shared weight appears once a use. ``routed``: of experts too."""
+    """Every product with a real parameter, in execution order; a shared weight appears once a use. ``routed``: of experts too."""
     found = [*_convolutions(axes), *_contractions(axes), *(_routed(axes) if routed else ())]
     place = {node: i for i, node in enumerate(axes.trace.graph.nodes)}
-    return tuple(sorted(found, key=lambda product: place[product.node]))
+    real = (product for product in found if not axes.trace.parameters[product.weight].dtype.is_complex)
+    return tuple(sorted(real, key=lambda product: place[product.node]))
 
 
 def _contractions(axes: Axes) -> list[Product]:
@@ -152,16 +197,20 @@ def _routed(axes: Axes) -> list[Product]:
 
 
 def _convolution(node: fx.Node) -> Mapping[str, Any] | None:
-    """The arguments of an ordinary convolution by name; None for anything else, transposed ones included."""
-    if operation(node) not in ("conv1d", "conv2d", "conv3d", "convolution"):
+    """The arguments of a convolution by name, with whether it is ``transposed``; None for anything else."""
+    if operation(node) not in CONVOLUTIONS:
         return None
-    given = all_arguments(node)
-    return None if given.get("transposed") else given
+    return {"transposed": "transpose" in operation(node)} | all_arguments(node)
 
 
 def _layout(given: Mapping[str, Any], kernel: tuple[int, ...]) -> Convolved:
     space = len(kernel)
     stride, dilation = _spread(given["stride"], space), _spread(given["dilation"], space)
+    if given["transposed"]:
+        cut, more = _spread(given["padding"], space), _spread(given["output_padding"], space)
+        reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        around = tuple((r - c, r - c + m) for r, c, m in zip(reach, cut, more, strict=True))
+        return Transposed(kernel, (1,) * space, around, dilation, int(given["groups"]), stride)
     if given["padding"] == "same":
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         padding = tuple((t // 2, t - t // 2) for t in total)

@@ -78,10 +78,11 @@ def _save_program(model: PrunedGraph, example: Example, folder: Path) -> None:
     args, kwargs = beside(as_call(example.inputs), where(model))
     by_position, by_name = model.admission.open_sizes()
     sizes = {name: value for name, value in (("args", by_position), ("kwargs", by_name)) if value}
-    try:
-        program = torch.export.export(model, args, kwargs, dynamic_shapes=sizes, strict=False)
-    except Exception:  # noqa: BLE001  whatever stands against open sizes, fixed ones are the answer
-        program = torch.export.export(model, args, kwargs, strict=False)
+    with exportable(model, experts=None):
+        try:
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=sizes, strict=False)
+        except Exception:  # noqa: BLE001  whatever stands against open sizes, fixed ones are the answer
+            program = torch.export.export(model, args, kwargs, strict=False)
     torch.export.save(program, folder / PROGRAM)
 
 

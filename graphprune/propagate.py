@@ -116,6 +116,8 @@ class _Walk:
             self.values[node] = self._placeholder(node)
         elif node.op == "output":
             self._output(node)
+        elif node.op == "get_attr":
+            self.values[node] = None
         elif node.op == "call_function":
             self.values[node] = self._own(self._constant(node) if node in self.computed else self._call(node), node)
 
@@ -158,7 +160,7 @@ class _Walk:
         if rule is None and shapes is None and not written(node):
             return self._freeze_positions(node, "read as a number")
         if rule is None:
-            return self._freeze(node, f"no rule for {node.target}")
+            return self._freeze(node, _no_rule(node))
         op = Op(self.solver, node, self._arguments(node), shapes)
         try:
             result = rule(op)
@@ -286,6 +288,12 @@ class _Walk:
             elif count > 1:
                 self.solver.pin(axis, reason)
         return least
+
+
+def _no_rule(node: fx.Node) -> str:
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return f"control flow: {node.target.__name__} runs parts of its own, which are not looked into"
+    return f"no rule for {node.target}"
 
 
 def _literal(literal: Literal, solve: Solve) -> Literal:

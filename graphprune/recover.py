@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from transformers.pytorch_utils import Conv1D
 
+from graphprune.copying import duplicate
 from graphprune.device import drawing, where
 from graphprune.divergence import divergence
 from graphprune.errors import ModelLimit, UserMistake, nearest
@@ -107,7 +107,7 @@ def recover(
         if part is not None:
             check_causal(part, what)
     with drawing(recipe.seed, where(model)):
-        student, parameters = _trainable(deepcopy(model), recipe)
+        student, parameters = _trainable(duplicate(model), recipe)
         zeros = _zeros(model, recipe)
         _train(student, parameters, teacher, pools, recipe, begun, progress, zeros)
     trained = _plain(student, model)

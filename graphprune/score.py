@@ -129,6 +129,11 @@ def gather_units(profile: Tensor, axis: Axis, factor: Factor) -> Tensor:
     return total
 
 
+def change(weight: Tensor, gradient: Tensor) -> Tensor:
+    """w·g, what zeroing each number does to the loss to first order; of complex numbers, which go as one, Re(w·ḡ)."""
+    return (weight * gradient.conj()).real if weight.is_complex() else weight * gradient
+
+
 # ── aggregators ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

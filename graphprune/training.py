@@ -85,7 +85,8 @@ class Penalty(TrainerCallback):
     def _squares(self, group: Group) -> Tensor:
         total = torch.zeros_like(self.strengths[group.name])
         for parameter, dim, columns in self.members[group.name]:
-            profile = parameter.float().square().movedim(dim, 0).flatten(1).sum(1) if parameter.ndim > 1 else parameter.float() ** 2
+            squares = (parameter.abs() if parameter.is_complex() else parameter).float().square()
+            profile = squares.movedim(dim, 0).flatten(1).sum(1) if parameter.ndim > 1 else squares
             for index in columns:
                 total = total.index_add(0, index[index >= 0], profile[index >= 0])
         return total

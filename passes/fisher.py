@@ -22,6 +22,7 @@ from graphprune import Calibration, Groups, Scores, see_gradients, to_units
 from graphprune.capture import readers
 from graphprune.gradients import one_by_one
 from graphprune.ranks import dealt, summed
+from graphprune.score import change
 
 
 def fisher(model: nn.Module, groups: Groups, calibration: Calibration) -> Scores:
@@ -36,7 +37,7 @@ def fisher(model: nn.Module, groups: Groups, calibration: Calibration) -> Scores
 
     def see(name: str, weight: nn.Parameter, gradient: Tensor) -> None:
         for group, dim in spots[name]:
-            units = to_units((weight, gradient), axes[name], dim, group.factor, torch.mul)
+            units = to_units((weight, gradient), axes[name], dim, group.factor, change)
             masks[group.name] = masks[group.name] + units if group.name in masks else units
 
     for sample in dealt(one_by_one(calibration.inputs), model):

@@ -23,9 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from graphprune import Calibration, Groups, Scores, gather_units
-from graphprune.capture import Power, input_power, readers
+from graphprune.capture import Consumer, Power, columns, input_power, readers
 from graphprune.errors import UserMistake, nearest
-from graphprune.score import profile
 
 
 def flap(model: nn.Module, groups: Groups, calibration: Calibration, *, metric: str = "wifv", standardise: bool = True) -> Scores:
@@ -38,17 +37,17 @@ def flap(model: nn.Module, groups: Groups, calibration: Calibration, *, metric: 
     reading = readers(groups)
     for group in groups:
         for reader in reading[group.name]:
-            channels = _metric(metric, weights[reader.weight].detach(), reader.dim, power[reader])
+            channels = _metric(metric, weights[reader.weight].detach(), reader, power[reader])
             if standardise:
                 channels = (channels - channels.mean()) / channels.std().clamp_min(torch.finfo(torch.float64).tiny)
-            share = gather_units(torch.ones_like(channels), reader.axis, group.factor)
-            found[group.name] = found.get(group.name, 0) + gather_units(channels, reader.axis, group.factor) / share
+            share = gather_units(torch.ones_like(channels), reader.width, group.factor)
+            found[group.name] = found.get(group.name, 0) + gather_units(channels, reader.width, group.factor) / share
     return Scores(found, f"flap {metric}")
 
 
-def _metric(metric: str, weight: Tensor, dim: int, power: Power) -> Tensor:
-    """(width,): of each channel that the weight reads on ``dim``."""
+def _metric(metric: str, weight: Tensor, reader: Consumer, power: Power) -> Tensor:
+    """(width,): of each channel that the weight reads."""
     if metric == "wifn":
-        mean = profile(weight, dim, lambda block: block.double().abs()) * weight.shape[dim] / weight.numel()
+        mean = columns(reader, weight, lambda block: block.abs().double()) * reader.width.size / weight.numel()
         return mean * power.square.sqrt()
-    return power.variance * profile(weight, dim, lambda block: block.double().square()) if metric == "wifv" else power.variance
+    return power.variance * columns(reader, weight, lambda b: b.abs().double().square()) if metric == "wifv" else power.variance

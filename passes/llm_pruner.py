@@ -24,14 +24,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from graphprune import Calibration, Groups, Scores, combine, gather_units, see_gradients
 from graphprune.errors import UserMistake, nearest
 from graphprune.gradients import one_by_one
 from graphprune.ranks import dealt, summed
-from graphprune.score import profiles
+from graphprune.score import change, profiles
 
 ORDERS = ("vector", "first", "second", "mixed")
 
@@ -83,7 +82,7 @@ def _summed(model: nn.Module, samples: Calibration, spots: Mapping[str, set[int]
     sums: dict[Spot, Tensor] = {}
 
     def see(name: str, weight: nn.Parameter, gradient: Tensor) -> None:
-        for dim, total in profiles((weight, gradient), spots[name], _squared if second else torch.mul).items():
+        for dim, total in profiles((weight, gradient), spots[name], _squared if second else change).items():
             sums[name, dim] = sums.get((name, dim), 0) + total / len(samples.inputs)
 
     see_gradients(model, dealt(samples.inputs, model), see, names=spots, loss=samples.loss)
@@ -97,7 +96,7 @@ def _of_means(model: nn.Module, samples: Calibration, spots: Mapping[str, set[in
     count = len(samples.inputs)
 
     def see(name: str, _: nn.Parameter, gradient: Tensor) -> None:
-        for held, term in ((mean, gradient / count), *([(square, gradient.square() / count)] if mixed else [])):
+        for held, term in ((mean, gradient / count), *([(square, gradient.abs().square() / count)] if mixed else [])):
             held[name] = held[name].add_(term) if name in held else term
 
     see_gradients(model, dealt(samples.inputs, model), see, names=spots, loss=samples.loss)
@@ -111,11 +110,11 @@ def _of_means(model: nn.Module, samples: Calibration, spots: Mapping[str, set[in
 
 
 def _saliency(w: Tensor, g: Tensor, square: Tensor | None = None) -> Tensor:
-    return (w * g if square is None else w * g - w * (w * square) / 2).abs_()
+    return (change(w, g) if square is None else change(w, g) - w.abs().square() * square / 2).abs_()
 
 
 def _squared(w: Tensor, g: Tensor) -> Tensor:
-    return (w * g).square_()
+    return change(w, g).square_()
 
 
 def _shares(weights: Mapping[str, Tensor], names: Iterable[str], count: int) -> list[list[str]]:

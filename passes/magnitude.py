@@ -21,6 +21,7 @@ def magnitude(model: nn.Module, groups: Groups, *, p: int = 2, aggregate: str = 
     weights = dict(model.named_parameters(remove_duplicate=False))
 
     def power(block: Tensor) -> Tensor:
+        block = block.abs() if block.is_complex() else block
         precise = block.to(torch.promote_types(block.dtype, torch.float32))
         if p != 2:
             return precise.abs().pow(p)

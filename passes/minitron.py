@@ -38,7 +38,7 @@ def minitron(model: nn.Module, groups: Groups, calibration: Calibration) -> Scor
     def see(consumer: Consumer, x: Tensor) -> None:
         for name, reader, factor in places[consumer.operand]:
             if consumer == reader:
-                square = _norms(x, reader.axis, factor).mean(0).square()
+                square = _norms(x, reader.width, factor).mean(0).square()
                 here = name, reader.operand.name
                 totals[here] = totals[here] + square if here in totals else square
 
@@ -53,7 +53,7 @@ def minitron(model: nn.Module, groups: Groups, calibration: Calibration) -> Scor
 
 def _norms(x: Tensor, axis: Axis, factor: Factor) -> Tensor:
     """(positions, width) → the L2 norm of each unit's channels at each position, (positions, units)."""
-    squares = x.double().square()
+    squares = x.abs().double().square()
     sums = squares.new_zeros(len(x), factor.size)
     for column in axis.units(factor):
         index = torch.tensor(column, device=x.device)

@@ -20,9 +20,10 @@ the state of a recurrence) get their first-order Taylor scores, which ``sensitiv
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import prod
 
 import torch
 from torch import Tensor, fx, nn
@@ -37,7 +38,9 @@ from graphprune.matrices import Contracted, Product, products
 from graphprune.pipeline import find_pass, run
 from graphprune.precise import check_finite, precise
 
-PRODUCTS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+PRODUCTS = (
+    nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
 """Modules whose output is their product: what the loss thinks of it is seen there. Other products go without ``gradients``."""
 
 
@@ -100,7 +103,7 @@ def obs(
         grams[product] = gram
         for name, reads in read_by.items():
             if name not in found and all(p in grams for p, _ in reads):
-                surgeons = [_surgeon(p, unit, weights[p.weight], grams[p], roots.get(p.weight), damping) for p, unit in reads]
+                surgeons = [s for p, u in reads for s in _surgeons(p, u, weights[p.weight], grams[p], roots.get(p.weight), damping)]
                 found[name] = _greedy(surgeons, groups[name], block)
         awaited = {p for name, reads in read_by.items() if name not in found for p, _ in reads}
         grams = {p: kept for p, kept in grams.items() if p in awaited}
@@ -130,33 +133,31 @@ def _greedy(surgeons: list[Surgeon], group: Group, block: float) -> Tensor:
 
 
 def _read_by(groups: Groups) -> tuple[dict[str, list[tuple[Product, Tensor]]], tuple[Group, ...]]:
-    """For each group the products that read it, with the unit that each of their inputs belongs to; and the groups whose units
-    no product reads, or only among other inputs."""
-    every = [(product, *_input_axis(product)) for product in products(groups.axes)]
+    """For each group the products that read it, with the unit that each of their inputs belongs to, (matrices, inputs); and the
+    groups whose units no product reads, or only among other inputs."""
+    every = products(groups.axes)
     found: dict[str, list[tuple[Product, Tensor]]] = {}
     consuming = reading(groups)
     for group in groups:
         reads = {(consumer.weight, consumer.dim) for consumer in consuming[group.name]}
-        mine = [(p, _units(p, group, groups.axes, span)) for p, dim, span in every if (p.weight, dim) in reads]
+        mine = [(p, _units(p, group, groups.axes)) for p in every if (p.weight, p.layout.inputs) in reads]
         if reads and {p.weight for p, _ in mine} == {weight for weight, _ in reads} and all((u >= 0).all() for _, u in mine):
             found[group.name] = mine
     return found, tuple(group for group in groups if group.name not in found)
 
 
-def _input_axis(product: Product) -> tuple[int, bool]:
-    """The weight's input dimension, and whether each of its indices stands for a whole kernel."""
-    return (product.layout.inputs, False) if isinstance(product.layout, Contracted) else (1, True)
-
-
-def _units(product: Product, group: Group, axes: Axes, kernel: bool) -> Tensor:
-    dim, _ = _input_axis(product)
-    columns = torch.tensor(axes.tensors[product.weight][dim].units(group.factor)).amax(0)
+def _units(product: Product, group: Group, axes: Axes) -> Tensor:
+    """Of a convolution each input channel stands for a whole kernel; all matrices of a batch read the same units."""
+    channels = torch.tensor(axes.tensors[product.weight][product.layout.inputs].units(group.factor)).amax(0)
     traced = axes.trace.parameters[product.weight]
-    return columns.repeat_interleave(torch.Size(traced.shape[2:]).numel()) if kernel else columns
+    count, _, width = product.layout.matrix(torch.empty(traced.shape, device="meta")).shape
+    kernel = 1 if isinstance(product.layout, Contracted) else prod(traced.shape[2:])
+    return channels.repeat_interleave(kernel).reshape(-1, width).expand(count, width)
 
 
 def _grams(model: nn.Module, groups: Groups, calibration: Calibration, wanted: set[Product]) -> Iterator[tuple[Product, Tensor]]:
-    """Mean x·xᵀ of what each product reads, float64, one product after another as all batches reach it."""
+    """Mean x·xᵀ of what each product reads, (matrices, inputs, inputs), float64, one product after another as all batches reach
+    it."""
     spots: Mapping[tuple[fx.Node, fx.Node], Product] = {(p.node, p.operand): p for p in wanted}
     grams: dict[Product, Tensor] = {}
     count: dict[Product, int] = defaultdict(int)
@@ -164,10 +165,10 @@ def _grams(model: nn.Module, groups: Groups, calibration: Calibration, wanted: s
     def look(node: fx.Node, operand: fx.Node, value: Tensor) -> Tensor:
         product = spots.get((node, operand))
         if product is not None:
-            x = precise(product.layout.vectors(value)[0])
-            gram = (x.T @ x).double()
+            x = precise(product.layout.vectors(value))
+            gram = (x.mT @ x).double()
             grams[product] = grams[product].add_(gram) if product in grams else gram
-            count[product] += len(x)
+            count[product] += x.shape[1]
         return value
 
     trace, readers = groups.axes.trace, {product.node for product in wanted}
@@ -192,7 +193,8 @@ def _roots(
     count: dict[str, int] = defaultdict(int)
 
     def see(module: str, gradient: Tensor) -> None:
-        dim = -1 if isinstance(found[owner[module]].layout, Contracted) else 1
+        layout = found[owner[module]].layout
+        dim = -1 if isinstance(layout, Contracted) else -1 - len(layout.kernel)
         g = gradient.movedim(dim, -1).flatten(0, -2)
         g = g.double() * len(g)
         sums[module] = sums[module] + g.T @ g if module in sums else g.T @ g
@@ -212,9 +214,15 @@ def _roots(
     return roots
 
 
-def _surgeon(product: Product, unit: Tensor, weight: Tensor, gram: Tensor, root: Tensor | None, damping: float) -> Surgeon:
-    matrix = product.layout.matrix(weight.detach())[0].double()
-    check_finite(gram.diagonal(), product.weight)
-    scale = gram.diagonal().where(gram.diagonal() > 0, 1)
-    inverse = torch.linalg.inv(gram + torch.diag(damping * scale))
-    return Surgeon(matrix if root is None else root @ matrix, inverse, unit.to(weight.device), len(set(unit.tolist())) < len(unit))
+def _surgeons(
+    product: Product, units: Tensor, weight: Tensor, grams: Tensor, root: Tensor | None, damping: float
+) -> Iterator[Surgeon]:
+    """One for each matrix of a product, which has its own inputs and writes its own rows."""
+    matrices = product.layout.matrix(weight.detach())
+    parts: Sequence[Tensor | None] = [None] * len(matrices) if root is None else torch.split(root, matrices.shape[1], 1)
+    for matrix, unit, gram, part in zip(matrices, units, grams, parts, strict=True):
+        check_finite(gram.diagonal(), product.weight)
+        scale = gram.diagonal().where(gram.diagonal() > 0, 1)
+        inverse = torch.linalg.inv(gram + torch.diag(damping * scale))
+        rows = matrix.double() if part is None else part @ matrix.double()
+        yield Surgeon(rows, inverse, unit.to(weight.device), len(unit.unique()) < len(unit))

@@ -15,6 +15,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from graphprune import Calibration, Groups, Scores, score, see_gradients
+from graphprune.precise import precise
+from graphprune.score import change
 
 
 def snip(model: nn.Module, groups: Groups, calibration: Calibration, *, aggregate: str = "sum") -> Scores:
@@ -23,12 +25,12 @@ def snip(model: nn.Module, groups: Groups, calibration: Calibration, *, aggregat
     gradients: dict[str, Tensor] = {}
 
     def see(name: str, weight: nn.Parameter, gradient: Tensor) -> None:
-        gradients[name] = gradients.get(name, 0) + gradient.float()
+        gradients[name] = gradients.get(name, 0) + gradient
 
     see_gradients(model, calibration.inputs, see, names=names, loss=calibration.loss)
     weights = dict(model.named_parameters(remove_duplicate=False))
 
     def saliency(name: str) -> Tensor | None:
-        return (weights[name].detach().float() * gradients[name]).abs() if name in gradients else None
+        return change(precise(weights[name].detach()), gradients[name]).abs() if name in gradients else None
 
     return score(groups, groups.axes.tensors, saliency, method=f"snip {aggregate}", how=aggregate)

@@ -31,7 +31,7 @@ PASSING = {name + ending for name in ACTIVATIONS for ending in ("", "_")}
 
 def synflow(model: nn.Module, groups: Groups, budget: Budget, *, rounds: int = 100, aggregate: str = "sum") -> Scores:
     """Score units by the flow through them, in rounds: (units,) each, in float64; those that fall first are lowest."""
-    weights = {name: p.detach().double().abs() for name, p in model.named_parameters(remove_duplicate=False)}
+    weights = {name: p.detach().abs().double() for name, p in model.named_parameters(remove_duplicate=False)}
     weights = {name: weights[name] for name in groups.axes.trace.parameters}
     buffers = dict(model.named_buffers(remove_duplicate=False)) | dict(groups.axes.trace.constants)
     device = next(model.parameters()).device
@@ -66,12 +66,13 @@ def _flow(groups: Groups, weights: Mapping[str, Tensor], buffers: Mapping[str, T
     """w · ∂R/∂w of every weight."""
     trace = groups.axes.trace
     leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
+    held = {**buffers, **leaves}
     example = iter(trace.example)
     values = []
     for node in trace.graph.nodes:
         if node.op == "placeholder":
             traced = trace.tensors.get(node.name)
-            values.append(_ones(next(example)) if traced is None else leaves.get(traced.name, buffers.get(traced.name)))
+            values.append(_ones(next(example)) if traced is None else _as_complex(held[traced.name], traced.dtype))
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -87,6 +88,11 @@ def _flow(groups: Groups, weights: Mapping[str, Tensor], buffers: Mapping[str, T
 
 def _ones(value: Any) -> Any:
     return torch.ones_like(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _as_complex(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The magnitude of a weight that was complex is a complex number to what reads it."""
+    return value.to(torch.promote_types(value.dtype, dtype)) if dtype.is_complex else value
 
 
 def _double(value: Any) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from graphprune import Calibration, Groups, Scores, combine, gather_units, see_gradients
 from graphprune.ranks import dealt, summed
-from graphprune.score import profiles
+from graphprune.score import change, profiles
 
 
 def taylor(model: nn.Module, groups: Groups, calibration: Calibration, *, aggregate: str = "sum") -> Scores:
@@ -33,7 +33,7 @@ def taylor(model: nn.Module, groups: Groups, calibration: Calibration, *, aggreg
     totals: dict[tuple[str, int], Tensor] = {}
 
     def see(name: str, weight: nn.Parameter, gradient: Tensor) -> None:
-        sums = profiles((weight, gradient), {member.dim for _, _, member in spots[name]}, lambda w, g: (w * g).abs_())
+        sums = profiles((weight, gradient), {member.dim for _, _, member in spots[name]}, lambda w, g: change(w, g).abs_())
         for group, place, member in spots[name]:
             units = gather_units(sums[member.dim], axes[name][member.dim], group.factor)
             totals[group.name, place] = totals.get((group.name, place), torch.zeros_like(units)) + units

@@ -13,8 +13,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from graphprune import Calibration, Groups, Scores, gather_units
-from graphprune.capture import input_power, readers
-from graphprune.score import profile
+from graphprune.capture import columns, input_power, readers
 
 
 def wanda_sp(model: nn.Module, groups: Groups, calibration: Calibration) -> Scores:
@@ -26,7 +25,7 @@ def wanda_sp(model: nn.Module, groups: Groups, calibration: Calibration) -> Scor
     for group in groups:
         for reader in reading[group.name]:
             weight = weights[reader.weight].detach()
-            columns = profile(weight, reader.dim, lambda block: block.double().abs()) * weight.shape[reader.dim] / weight.numel()
-            units = gather_units(columns * power[reader].square.sqrt(), reader.axis, group.factor)
+            mean = columns(reader, weight, lambda block: block.abs().double()) * reader.width.size / weight.numel()
+            units = gather_units(mean * power[reader].square.sqrt(), reader.width, group.factor)
             found[group.name] = found.get(group.name, 0) + units
     return Scores(found, "wanda_sp")

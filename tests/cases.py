@@ -131,6 +131,18 @@ row("prelu of a matrix", F.prelu, "a b, b -> a b", X(2, 3), P(3))
 row("prelu one slope", F.prelu, "a b c, 1 -> a b c", X(2, 3, 4), P(1))
 row("prelu vector", F.prelu, "a, 1 -> a", X(4), P(1))
 row("fake_quantize", lambda x: torch.fake_quantize_per_tensor_affine(x, 0.1, 3, 0, 255), "a b -> a b", X(3, 4))
+row(
+    "fake_quantize channels", lambda x, s: torch.fake_quantize_per_channel_affine(x, s.float(), s.new_zeros(4, dtype=torch.int), 1, 0, 9),
+    "a b c, b -> a b c", X(3, 4, 2), U(4),
+)  # fmt: skip
+row(
+    "fake_quantize learnt", lambda x, s, z: torch._fake_quantize_learnable_per_channel_affine(x, s.float(), z, 1, -8, 7),
+    "a b, b, b -> a b", X(3, 4), U(4), P(4),
+)  # fmt: skip
+row(
+    "fake_quantize learnt step", lambda x, s, z: torch._fake_quantize_learnable_per_tensor_affine(x, s, z, -8, 7),
+    "a b, 1, 1 -> a b", X(3, 4), U(1), P(1),
+)  # fmt: skip
 row("bucketize", lambda x, y: torch.bucketize(x, y), "a b, 4 -> a b", X(3, 5), P(4))
 row("glu", F.glu, "a b+b -> a b", X(3, 8))
 row("glu inner", lambda x: F.glu(x, 1), "a b+b c -> a b c", X(3, 8, 5))

@@ -266,6 +266,8 @@ class PrunedGraph(nn.Module):
                 with graph.inserting_before(node):
                     node.replace_all_uses_with(graph.get_attr(traced.name))
                 graph.erase_node(node)
+            elif node.op == "get_attr" and not hasattr(root, str(node.target)):
+                root.add_module(str(node.target), trace.module.get_submodule(str(node.target)))
         self.body = fx.GraphModule(root, graph)
         self.eval()
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from graphprune.axes import Axis, Keep
+from graphprune.copying import duplicate
 from graphprune.errors import HiddenSize, first_line, raised_at, raised_inside
 from graphprune.meta import source_line
 from graphprune.propagate import Axes
@@ -75,14 +75,14 @@ def copy_cut(model: nn.Module, axes: Axes, tensors: Mapping[str, Tensor]) -> nn.
             smaller = smaller.clone() if smaller.data_ptr() == tensor.data_ptr() else smaller
             is_parameter = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(smaller, requires_grad=tensor.requires_grad) if is_parameter else smaller
-    return deepcopy(model, memo)
+    return duplicate(model, memo)
 
 
 def over(model: nn.Module, smaller: nn.Module) -> nn.Module:
     """A copy of ``model``, whatever became of the attributes of ``smaller``, over the very tensors of ``smaller``."""
     mine = [*model.named_parameters(), *model.named_buffers()]
     theirs = [*smaller.named_parameters(), *smaller.named_buffers()]
-    return deepcopy(model, {id(old): new for (_, old), (_, new) in zip(mine, theirs, strict=True)})
+    return duplicate(model, {id(old): new for (_, old), (_, new) in zip(mine, theirs, strict=True)})
 
 
 def emit_module(
@@ -125,7 +125,7 @@ def _written(module: nn.Module, choice: Choice) -> Iterator[None]:
 
 def _copied(module: nn.Module) -> nn.Module:
     """A copy over the same tensors: what a copy or a pickle makes of a module is what must be right."""
-    return deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
+    return duplicate(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
 
 
 def adopt(smaller: nn.Module, like: nn.Module) -> None:

@@ -15,13 +15,23 @@ from graphprune.unify import ONE, Conflict, Expression
 NUMBERS = (bool, int, float, torch.SymBool, torch.SymInt, torch.SymFloat)
 
 
-def _indexed(op: Op, axis: Expression, index: Typed) -> None:
-    """``axis`` is looked up by the values of ``index``."""
+def _indexed(op: Op, axis: Expression, index: Typed, *, listed: bool = False) -> None:
+    """``axis`` is looked up by the values of ``index``.
+
+    Where a constant has them ``listed``, a smaller model would need others, and a named constant is the model's to change.
+    """
     positions = op.positions(index)
-    if positions is None:
-        op.pin(axis, "indexed by data")
-    else:
+    if positions is not None:
         op.equal(axis, positions)
+    elif listed:
+        op.pin(axis, "indexed by positions that a constant lists; slices or a transpose in its place can be followed")
+    else:
+        op.pin(axis, "indexed by data")
+
+
+def _is_listed(source: Typed, index: Typed) -> bool:
+    """Whether units of an activation are picked by a constant, not rows of a table."""
+    return source.activation and not index.activation
 
 
 @rule(aten.embedding)
@@ -49,7 +59,7 @@ def index_select(op: Op) -> Typed:
     """Positions along one axis by a vector of indices."""
     source, index = op["self"], op["index"]
     dim = op.dim("dim", len(source.axes))
-    _indexed(op, source.axes[dim], index)
+    _indexed(op, source.axes[dim], index, listed=_is_listed(source, index))
     return Typed((*source.axes[:dim], index.axes[0] if index.axes else ONE, *source.axes[dim + 1 :]))
 
 
@@ -146,10 +156,11 @@ def _masked(op: Op, source: Typed, place: int, mask: Typed) -> Typed:
     """The dimensions a mask covers become one, of the places where it is true."""
     after = place + len(mask.axes)
     counted = _only_counted(op.node)
+    listed = "indexed by a mask that is a constant; slices in its place can be followed"
     for axis, other in zip(mask.axes, source.axes[place:after], strict=True):
         op.equal(axis, other)
         if not counted:
-            op.pin(axis, "indexed by a mask")
+            op.pin(axis, listed if _is_listed(source, mask) else "indexed by a mask")
     chosen = op.pinned(op.shape[place], "chosen by a mask")
     return Typed((*source.axes[:place], chosen, *source.axes[after:]))
 
@@ -163,7 +174,7 @@ def _advanced(op: Op, source: Typed, indices: Sequence[Typed | None], shape: Seq
     places = [place for place, index in enumerate(indices) if index is not None]
     tensors = [index for index in indices if index is not None]
     for place, tensor in zip(places, tensors, strict=True):
-        _indexed(op, source.axes[place], tensor)
+        _indexed(op, source.axes[place], tensor, listed=_is_listed(source, tensor))
     rank = max(len(tensor.axes) for tensor in tensors)
     start = _start(places)
     chosen = op.broadcast(tensors, tuple(shape[start : start + rank]))

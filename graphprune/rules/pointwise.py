@@ -58,10 +58,20 @@ def bucketize(op: Op) -> Typed:
     return Typed(op["self"].axes)
 
 
-@rule(aten.fake_quantize_per_tensor_affine)
+@rule(aten.fake_quantize_per_tensor_affine, aten._fake_quantize_learnable_per_tensor_affine)
 def fake_quantize(op: Op) -> Typed:
     """Rounded to the steps of one scale."""
     return Typed(op["self"].axes)
+
+
+@rule(aten.fake_quantize_per_channel_affine, aten._fake_quantize_learnable_per_channel_affine)
+def fake_quantize_channels(op: Op) -> Typed:
+    """Rounded to the steps of a scale for each index of one axis."""
+    source = op["self"]
+    axis = source.axes[op.dim("axis", len(source.axes))]
+    for each in (op["scale"], op["zero_point"]):
+        op.equal(each.axes[0], axis)
+    return Typed(source.axes)
 
 
 @rule(aten.meshgrid)
