@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from graphprune import quiet
 from graphprune.axes import Keep
 from graphprune.budget import Budget
 from graphprune.collecting import settled
@@ -221,7 +222,8 @@ def _as_module(model: nn.Module, axes: Axes, keep: Keep, cut: Smaller, wanted: R
     vague = says_little_of(model, axes.trace)
 
     def same(emitted: nn.Module) -> bool:
-        return same_program(cut.graph, trace(emitted, example.inputs))
+        with quiet.building():
+            return same_program(cut.graph, trace(emitted, example.inputs))
 
     def accept(emitted: nn.Module) -> bool:
         return close(emitted, example.inputs, wanted) and (not vague or same(emitted))
