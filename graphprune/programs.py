@@ -23,11 +23,13 @@ def same_program(one: fx.Graph, other: Trace) -> bool:
 
     A reshape that need not copy is a view; a chunk is a split into the sizes that it gives; a squeeze names what it drops; what is
     viewed as another tensor is told its shape; a slice ends where its operand does; attention is told its scale. What neither
-    gives back does not count. A constant that the graph has by its elements must be what the trace computes.
+    gives back, and in which order a value lies in memory, do not count. A constant that the graph has by its elements must be
+    what the trace computes.
     """
-    pairs = list(zip(one.nodes, other.graph.nodes, strict=False))
-    if len(one.nodes) != len(pairs) or len(other.graph.nodes) != len(pairs):
+    mine, theirs = ([node for node in graph.nodes if _meant(node) is node] for graph in (one, other.graph))
+    if len(mine) != len(theirs):
         return False
+    pairs = list(zip(mine, theirs, strict=True))
     told = {twin: node for node, twin in pairs if node.target is torch.tensor}
     if not told.keys() <= computed(other):
         return False
@@ -47,9 +49,16 @@ def same_program(one: fx.Graph, other: Trace) -> bool:
         (target, arguments), (its_target, its_arguments) = _spelled(node, twin), _spelled(twin, twin)
         if node.op == "call_function" and target is not its_target:
             return False
-        if repr(fx.map_arg(arguments, twins.__getitem__)) != repr(its_arguments):
+        if repr(fx.map_arg(arguments, lambda node: twins[_meant(node)])) != repr(fx.map_arg(its_arguments, _meant)):
             return False
     return True
+
+
+def _meant(node: fx.Node) -> fx.Node:
+    """The value that a node gives in another memory layout, which a size may call for or not; the node itself where it is none."""
+    while node.target is aten.contiguous.default and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def _idle(graph: fx.Graph) -> set[fx.Node]:
@@ -82,8 +91,8 @@ def _spelled(node: fx.Node, twin: fx.Node) -> tuple[Any, Any]:
         sizes = [piece.shape[given["dim"]] for piece in node.meta["val"]]
         return aten.split_with_sizes.default, [given["self"], sizes, given["dim"]]
     if node.target is aten.slice.Tensor:
-        size, told = twin.all_input_nodes[0].meta["val"].shape[given["dim"]], given["end"]
-        return node.target, list({**given, "end": size if told is None else min(told, size)}.values())
+        size = twin.all_input_nodes[0].meta["val"].shape[given["dim"]]
+        return node.target, [given["self"], given["dim"], slice(given["start"], given["end"], given["step"]).indices(size)]
     if node.target is aten.scaled_dot_product_attention.default and given["scale"] is None:
         return node.target, list({**given, "scale": given["query"].meta["val"].shape[-1] ** -0.5}.values())
     if operation(node) == "squeeze":
