@@ -36,7 +36,8 @@ NO_SIZES = (
     "axis", "start_dim", "end_dim", "scale_factor", "upscale_factor", "downscale_factor", "num_layers", "norm_type", "ignore_index",
 )  # fmt: skip
 """What torch's own layers keep that is no size of a tensor, whatever it equals."""
-STOCK = ("torch.nn.", "transformers.pytorch_utils")
+STOCK = ("torch.nn.", "transformers.")
+"""Whose modules keep their sizes for more than one way to run them."""
 
 Kind = tuple[str, Path]
 
@@ -45,7 +46,7 @@ Kind = tuple[str, Path]
 class Place:
     """A whole number that a module keeps; ``mark`` is the same for two ways to one place (a configuration that modules share).
 
-    One that a layer of torch's own keeps is ``stock``: printed, or read by others, whether or not it runs without.
+    One that a layer of torch's own or of transformers keeps is ``stock``: printed, or read by others, or by another way to run it.
     """
 
     module: str
