@@ -12,13 +12,13 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from graphprune import __version__
+from graphprune import __version__, options
 from graphprune.bench import figures
 from graphprune.budget import Budget
-from graphprune.compiler import compile
+from graphprune.compiler import BLIND, compile
 from graphprune.console import err, out, progress, shown
 from graphprune.data import calibrate, read_texts
-from graphprune.default import default_for
+from graphprune.default import PLAIN, default_for, writes_text
 from graphprune.disk import check_fits
 from graphprune.errors import GraphpruneError, UserMistake, first_line
 from graphprune.evaluate import perplexity, published
@@ -49,17 +49,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[str, typer.Argument(help="A checkpoint directory, a GGUF file, a hub name, or file.py:factory.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="The directory to write. It must not exist, or be empty.")]
-Kinds = Annotated[str | None, typer.Option(help="Kinds of groups to prune, with commas: head,ffn,… (default: by architecture).")]
-Dtype = Annotated[str | None, typer.Option(help="Load as float32, bfloat16, … (default: as stored).")]
-Device = Annotated[str, typer.Option(help="Where the model is and everything is computed: cpu, cuda, cuda:1, …")]
-Stream = Annotated[
-    bool, typer.Option("--stream", help="Never hold the model: read, prune and write a checkpoint directory tensor by tensor.")
-]
-Emit = Annotated[str, typer.Option(help="'module': the original classes; 'graph': an exported program.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
 
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
@@ -71,52 +60,31 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 @app.command("compile")
 def compile_(
-    model: Model,
-    output: Output,
-    keep: Annotated[float | None, typer.Option(help="Share of the prunable parameters to keep (default 0.8).")] = None,
-    keep_of: Annotated[str, typer.Option(help="Count the share over the prunable 'groups' or the whole 'model'.")] = "groups",
-    method: Annotated[
-        str | None,
-        typer.Option(help="A pass that scores: NAME[:option=value…] or FILE.py[:function] (default: the best with --calibration)."),
-    ] = None,
-    kinds: Kinds = None,
-    scope: Annotated[
-        str | None, typer.Option(help="'local': every layer the same share; 'global': the least important anywhere.")
-    ] = None,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(help="In place of --keep, a share of the whole model: parameters|bytes|flops|kv|latency=0.7; repeatable."),
-    ] = None,
-    round_to: Annotated[
-        int | None, typer.Option(help="Keep multiples of this many units (default: of 16 or 64 for wide FFNs; 1: any).")
-    ] = None,
-    minimum: Annotated[int, typer.Option(help="Keep at least this many units of every group.")] = 1,
-    protect: Annotated[list[str] | None, typer.Option(help="A module, tensor or glob to leave alone; repeatable.")] = None,
-    alike: Annotated[
-        bool | None, typer.Option("--alike/--differ", help="Let equal layers shrink alike (a stock config needs it).")
-    ] = None,
-    emit: Emit = "module",
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Check the smaller model against the masked original.")
-    ] = True,
-    calibration: Annotated[
-        str | None,
-        typer.Option(help="self (sampled from the model), a text file, .jsonl[:field], or a datasets name; several: a+b."),
-    ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration sequences (default: what the method wants).")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of each.")] = None,
-    batch: Annotated[int, typer.Option(help="Sequences a batch.")] = 4,
-    extra: Annotated[
-        list[str] | None, typer.Option("--pass", help="A further pass: NAME[:option=value…] or FILE.py[:function]; repeatable.")
-    ] = None,
-    checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Compute activations twice instead of keeping them for the backward pass.")
-    ] = False,
-    stream: Stream = False,
-    seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 0,
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    debug: Debug = False,
+    model: options.Model,
+    output: options.Output,
+    keep: options.Keep = None,
+    keep_of: options.KeepOf = "groups",
+    method: options.Method = None,
+    kinds: options.Kinds = None,
+    scope: options.Scope = None,
+    target: options.Target = None,
+    round_to: options.RoundTo = None,
+    minimum: options.Minimum = 1,
+    protect: options.Protect = None,
+    alike: options.Alike = None,
+    emit: options.Emit = "module",
+    verify: options.Verify = True,
+    calibration: options.Text = None,
+    samples: options.Samples = None,
+    length: options.Length = None,
+    batch: options.Batch = 4,
+    extra: options.Extra = None,
+    checkpointing: options.Checkpointing = False,
+    stream: options.Stream = False,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = None,
+    debug: options.Debug = False,
 ) -> None:
     """Prune MODEL and write a smaller checkpoint that from_pretrained loads."""
     _check(model, output, stream)
@@ -138,10 +106,12 @@ def compile_(
             "round_to": round_to, "minimum": minimum, "protect": protect or (), "seed": seed, "passes": steps[1:],
             "target": shares,
         }  # fmt: skip
+        blind = [BLIND] if default == PLAIN and method is None and writes_text(source.model) else []
         sizes = default.samples if samples is None else samples, default.length if length is None else length
         text = calibration_for(steps, source, calibration, *sizes, batch, seed, show)
         if stream:
-            shown(compile_streamed(model, output, **settings, calibration=text, device=there, progress=show), output)
+            streamed = compile_streamed(model, output, **settings, calibration=text, device=there, progress=show)
+            shown(streamed, output, blind)
             return
         if checkpointing:
             enable_checkpointing(source)
@@ -149,17 +119,17 @@ def compile_(
         result = compile(source.model, example, **settings, alike=alike, emit=emit, verify=verify, calibration=text, progress=show)
         show("saving")
         save(result, output, source)
-    shown(result, output)
+    shown(result, output, blind)
 
 
 @app.command()
 def inspect(
-    model: Model,
+    model: options.Model,
     explain: Annotated[
         str | None, typer.Option(help="A tensor or group: print why it is coupled to what it is, or frozen.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the groups as JSON.")] = False,
-    debug: Debug = False,
+    debug: options.Debug = False,
 ) -> None:
     """Show the coupled groups of MODEL, and what is frozen and why. No weight is loaded."""
     with progress() as show:
@@ -178,12 +148,12 @@ def inspect(
 @app.command()
 def apply(
     plan: Annotated[Path, typer.Argument(help="A plan file, or the directory it lies in.")],
-    model: Model,
-    output: Output,
-    emit: Emit = "module",
-    stream: Stream = False,
-    dtype: Dtype = None,
-    debug: Debug = False,
+    model: options.Model,
+    output: options.Output,
+    emit: options.Emit = "module",
+    stream: options.Stream = False,
+    dtype: options.Dtype = None,
+    debug: options.Debug = False,
 ) -> None:
     """Prune MODEL exactly as PLAN, or the one in a directory that compile wrote, says."""
     _check(model, output, stream)
@@ -205,18 +175,18 @@ def apply(
 
 @app.command("sparsify")
 def sparsify_(
-    model: Model,
-    output: Output,
+    model: options.Model,
+    output: options.Output,
     method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt or a pass of yours.")] = "wanda",
     sparsity: Annotated[float | None, typer.Option(help="Share of zeros (default 0.5).")] = None,
     pattern: Annotated[str | None, typer.Option(help="Keep n of every m inputs: 2:4, 4:8, …")] = None,
     calibration: Annotated[str, typer.Option(help="self, a text file, .jsonl[:field], or a datasets name.")] = "self",
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens of each.")] = 128,
-    seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 0,
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    debug: Debug = False,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = None,
+    debug: options.Debug = False,
 ) -> None:
     """Write zeros into the weights of MODEL and keep its shapes."""
     _check(model, output)
@@ -243,16 +213,16 @@ def sparsify_(
 
 @app.command("recover")
 def recover_(
-    model: Model,
-    output: Output,
+    model: options.Model,
+    output: options.Output,
     data: Annotated[str, typer.Option(help="Text to learn from: a text file, .jsonl[:field], or a datasets name.")],
     teacher: Annotated[str | None, typer.Option(help="The unpruned model, to learn its predictions too.")] = None,
     preset: Annotated[str, typer.Option(help="llm-pruner (LoRA, the published recipe) or ten-minutes.")] = "llm-pruner",
     minutes: Annotated[float | None, typer.Option(help="Stop after this long.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 0,
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    debug: Debug = False,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = None,
+    debug: options.Debug = False,
 ) -> None:
     """Train a pruned MODEL back towards what it was and write a plain checkpoint."""
     _check(model, output)
@@ -273,7 +243,7 @@ def recover_(
 
 @app.command("eval")
 def evaluate(
-    model: Model,
+    model: options.Model,
     text: Annotated[str | None, typer.Option(help="For perplexity: a text file, .jsonl[:field], or a datasets name.")] = None,
     length: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
     protocol: Annotated[str | None, typer.Option(help="A paper's protocol: llm-pruner or wanda.")] = None,
@@ -281,9 +251,9 @@ def evaluate(
     include: Annotated[Path | None, typer.Option(help="A directory with task descriptions of your own.")] = None,
     shots: Annotated[int | None, typer.Option(help="Examples before each question (default: the task's).")] = None,
     limit: Annotated[int | None, typer.Option(help="At most this many windows, or questions a task.")] = None,
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    debug: Debug = False,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = None,
+    debug: options.Debug = False,
 ) -> None:
     """Measure the perplexity of MODEL on a text, or its scores on lm-eval tasks; the protocol is part of the result."""
     if not text and not tasks:
@@ -308,9 +278,9 @@ def bench(
     prompt: Annotated[int, typer.Option(help="Tokens read.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens written.")] = 32,
     repeats: Annotated[int, typer.Option(help="Interleaved rounds.")] = 5,
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    debug: Debug = False,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = None,
+    debug: options.Debug = False,
 ) -> None:
     """Time MODELS in turns, while reading and writing, beside the ideal. What is no language model: a forward."""
     there = device_of(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ class progress:
         self.bar.__exit__(*problem)
 
 
-def shown(result: Result | Streamed, output: Path) -> None:
-    """Print what a compile removed, and what was written."""
+def shown(result: Result | Streamed, output: Path, more: Sequence[str] = ()) -> None:
+    """Print what a compile removed, what there is to note and ``more``, and what was written."""
     before, after = result.plan.cost["before"], result.plan.cost["after"]
     rows: dict[str, tuple[Any, Any]] = {
         "parameters": (before["parameters"], after["parameters"]),
@@ -48,7 +49,7 @@ def shown(result: Result | Streamed, output: Path) -> None:
     }
     out.print(before_after(rows))
     out.print(strips(removals(result.groups, result.plan)))
-    for note in result.notes:
+    for note in (*result.notes, *more):
         out.print(f"note  {note}", markup=False, highlight=False)
     if leads():
         out.print(f"{output} ({Amount(disk_bytes(output), 'B')}), {_what_it_is(result)}", markup=False, highlight=False)

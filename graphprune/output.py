@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from graphprune import quiet
 from graphprune.compiler import Result
 from graphprune.device import beside, drawing, where
+from graphprune.difference import leaves
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.exportable import exportable
 from graphprune.facts import Example
@@ -24,7 +25,7 @@ from graphprune.rewrite.graph import PrunedGraph
 from graphprune.rewrite.record import make_record, save_transformers
 from graphprune.source import TOKENIZER_FILES, Source
 from graphprune.trace import as_call
-from graphprune.verify import SEED, Reference, close, leaves
+from graphprune.verify import SEED, Reference, close
 
 PROGRAM = "model.pt2"
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import graphprune
+from graphprune.difference import AT_ONCE, difference
 from graphprune.errors import ModelLimit, RuleBug, UserMistake
 from graphprune.execute import tensors_of
 from graphprune.rewrite.graph import Smaller, smaller
-from graphprune.verify import AT_ONCE, difference
 from tests.models import bert, gpt2, llama, residual, tokens
 
 CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 1e-4}

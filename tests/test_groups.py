@@ -19,13 +19,14 @@ from torch import nn
 
 from graphprune.axes import Keep
 from graphprune.dependency import Join, Structure, closure, flows
+from graphprune.difference import difference
 from graphprune.errors import UserMistake
 from graphprune.execute import tensors_of
 from graphprune.groups import Group, Groups, couple
 from graphprune.propagate import propagate
 from graphprune.rewrite.graph import smaller
 from graphprune.trace import trace
-from graphprune.verify import difference, masked_outputs, smaller_outputs
+from graphprune.verify import masked_outputs, smaller_outputs
 from tests import idioms  # noqa: F401  registers its nets
 from tests.architectures import ARCHITECTURES, architecture
 from tests.nets import NETS, example

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import Conv2d, Linear, Parameter
 
 from graphprune.axes import Keep
+from graphprune.difference import difference, leaves
 from graphprune.execute import tensors_of
 from graphprune.groups import Groups, couple
 from graphprune.propagate import propagate
 from graphprune.rewrite.graph import PrunedGraph, smaller
 from graphprune.trace import trace
-from graphprune.verify import difference, leaves
 from tests.models import sharpened
 
 HARD: dict[str, tuple[type[nn.Module], tuple[int, ...], dict[str, int]]] = {}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from graphprune import Scores, compile, sparsify
+from graphprune.difference import difference
 from graphprune.errors import ModelLimit
-from graphprune.verify import difference
 from tests.models import llama, tokens
 
 

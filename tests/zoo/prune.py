@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphprune.axes import Factor
+from graphprune.difference import difference, leaves
 from graphprune.execute import execute, tensors_of
 from graphprune.groups import Group, Groups, couple
 from graphprune.propagate import propagate
 from graphprune.rewrite.graph import cut_all, resized_graph
 from graphprune.trace import trace
-from graphprune.verify import TOLERANCE, difference, leaves, masked_outputs, smaller_outputs
+from graphprune.verify import TOLERANCE, masked_outputs, smaller_outputs
 from tests.zoo.entries import Entry, build
 from tests.zoo.measure import measured
 from tests.zoo.stranger import as_stranger
