@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -66,5 +65,8 @@ def _emit(model: nn.Module, groups: Groups, keep: Keep, example: Example) -> Non
     tensors, inputs = tensors_of(model, axes.trace), axes.trace.flatten(example.inputs)
     cut = smaller(axes, tensors, keep)
     wanted = reference(axes.trace, cut.tensors, inputs, cut.graph)
-    accept = partial(computes, inputs=example.inputs, wanted=wanted)
+
+    def accept(emitted: nn.Module, guessed: bool) -> bool:
+        return computes(emitted, example.inputs, wanted)
+
     emit_module(model, copy_cut(model, axes, cut.tensors), axes, keep, accept)

@@ -86,12 +86,12 @@ def over(model: nn.Module, smaller: nn.Module) -> nn.Module:
 
 
 def emit_module(
-    model: nn.Module, smaller: nn.Module, axes: Axes, keep: Keep, accept: Callable[[nn.Module], bool]
+    model: nn.Module, smaller: nn.Module, axes: Axes, keep: Keep, accept: Callable[[nn.Module, bool], bool]
 ) -> tuple[nn.Module, Attributes]:
     """The smaller model of the original classes, and every attribute that had to change; ``smaller`` has the cut tensors.
 
-    ``accept`` runs a candidate. Raises ModelLimit, naming the model's line that stands in the way, when no choice of attributes
-    makes it compute what the reference does.
+    ``accept`` runs a candidate, and is told whether anything in it was guessed. Raises ModelLimit, naming the model's line that
+    stands in the way, when no choice of attributes makes it compute what the reference does.
     """
     _fit_layers(smaller)
     found = evidence(smaller, literals(axes, keep))
@@ -100,7 +100,7 @@ def emit_module(
 
     def attempt(choice: Choice) -> Outcome | None:
         with _written(smaller, choice):
-            return attempted(_copied(smaller), accept)
+            return attempted(_copied(smaller), lambda emitted: accept(emitted, bool(choice)))
 
     choice, failure = search(options, attempt)
     if choice is None:
