@@ -226,7 +226,10 @@ def _as_module(model: nn.Module, axes: Axes, keep: Keep, cut: Smaller, wanted: R
             return same_program(cut.graph, trace(emitted, example.inputs))
 
     def accept(emitted: nn.Module) -> bool:
-        return close(emitted, example.inputs, wanted) and (not vague or same(emitted))
+        try:
+            return close(emitted, example.inputs, wanted) and (not vague or same(emitted))
+        except ModelLimit:  # what cannot be traced is not the same
+            return False
 
     emitted, obstacle = copy_cut(model, axes, cut.tensors), "a plain module has no config"
     if isinstance(model, PreTrainedModel):
@@ -279,7 +282,8 @@ def example_for(model: nn.Module, inputs: Inputs | None, calibration: Any) -> Ex
 
 def seeded(method: Any, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """A method that draws takes the compile's seed unless its options say otherwise."""
+    told = {**(method.options if isinstance(method, Pass) else {}), **options}
     try:
-        return {"seed": seed, **options} if "seed" not in options and find_pass(method, seed=seed) else dict(options)
+        return {"seed": seed, **options} if "seed" not in told and find_pass(method, seed=seed) else dict(options)
     except GraphpruneError:
         return dict(options)

@@ -64,6 +64,9 @@ def test_a_bound_pass_takes_further_options_and_the_seed() -> None:
     assert compile(net(), X, keep=0.5, method=bound, options={"p": 1}).plan.method == "magnitude p=1 max"
     by_name, by_pass = (compile(net(), X, keep=0.5, method=method, seed=3).facts[Scores] for method in ("random", find_pass("random")))
     other = compile(net(), X, keep=0.5, method="random", seed=4).facts[Scores]
+    told = [find_pass("random", seed=3), "random:seed=3"]
+    said = [compile(net(), X, keep=0.5, method=method, seed=4).facts[Scores] for method in told]
+    assert all(torch.equal(units, one[name]) for one in said for name, units in by_name.units.items())
     for name, units in by_name.units.items():
         assert torch.equal(units, by_pass[name]) and not torch.equal(units, other[name])
 
