@@ -85,7 +85,7 @@ def _spelled(node: fx.Node, twin: fx.Node) -> tuple[Any, Any]:
     given: Mapping[str, Any] = all_arguments(node)
     if node.target is aten.reshape.default:
         return aten.view.default, list(given.values())
-    if operation(node) == "view_as":
+    if operation(node) in ("view_as", "reshape_as"):
         return aten.view.default, [given["self"], list(node.meta["val"].shape)]
     if operation(node) in PIECES:
         sizes = [piece.shape[given["dim"]] for piece in node.meta["val"]]

@@ -452,3 +452,18 @@ class Averaging(nn.Module):
 def test_a_number_that_comes_of_a_size_is_seen_in_every_precision(dtype: torch.dtype) -> None:
     with pytest.raises(HiddenSize, match="hides a size"):
         graphprune.compile(Averaging().to(dtype), torch.randn(5, 16).to(dtype), keep=0.95)
+
+
+class Standardised(nn.Conv2d):
+    """A weight that is reshaped on its way to the product."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = (flat - flat.mean(-1, keepdim=True)).reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias)
+
+
+def test_a_reshape_like_another_tensor_is_the_same_program() -> None:
+    model = sharpened(nn.Sequential(nn.Conv2d(3, 12, 1), nn.ReLU(), Standardised(12, 10, 1), nn.ReLU(), nn.Conv2d(10, 4, 1)))
+    result = graphprune.compile(model.bfloat16(), torch.randn(2, 3, 5, 5).bfloat16(), keep=0.6, kinds=["channel"])
+    assert len(result.plan.cuts) == 2
