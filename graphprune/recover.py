@@ -24,7 +24,7 @@ from graphprune.divergence import divergence
 from graphprune.errors import ModelLimit, UserMistake, nearest
 from graphprune.examples import IGNORED, Data, Example, batches, collate, read_examples
 from graphprune.pipeline import Progress
-from graphprune.ranks import add_gradients, dealt, told
+from graphprune.ranks import add_gradients, dealt, place, told
 from graphprune.sparse import SPARSE
 from graphprune.written import check_causal, inference, logits_of, written
 
@@ -99,16 +99,16 @@ def recover(
     """
     begun = time.monotonic()
     recipe = recipe_of(preset, settings)
+    zeros = _zeros(model, recipe)
+    for part, what in ((model, "the model"), (teacher, "the teacher")):
+        if part is not None:
+            check_causal(part, what)
     pools = [read_examples(data, tokenizer, recipe.length)]
     if teacher is not None and recipe.written:
         own = written(teacher, getattr(teacher, "config", None), recipe.written, recipe.length, recipe.seed)
         pools.append([Example(row, row) for row in own])
-    for part, what in ((model, "the model"), (teacher, "the teacher")):
-        if part is not None:
-            check_causal(part, what)
     with drawing(recipe.seed, where(model)):
         student, parameters = _trainable(duplicate(model), recipe)
-        zeros = _zeros(model, recipe)
         _train(student, parameters, teacher, pools, recipe, begun, progress, zeros)
     trained = _plain(student, model)
     if not all(bool(parameter.isfinite().all()) for parameter in trained.parameters()):
@@ -207,9 +207,14 @@ def _train(
     optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, betas=(0.9, recipe.beta2), weight_decay=recipe.decay)
     total, tokens = _steps(len(pools) * len(pools[0]), recipe), 0
     gone = [(parameter, zeros[name]) for name, parameter in student.named_parameters() if name in zeros]
+
+    def elapsed() -> float:
+        """The share of its time that rank 0 has used: all ranks ask at the same places."""
+        return told(time.monotonic() - begun) / 60 / recipe.minutes if recipe.minutes else 0.0
+
     student.train()
     for step, chosen in enumerate(batches(pools, recipe.batch, recipe.seed)):
-        spent = max(step / total, told(time.monotonic() - begun) / 60 / recipe.minutes if recipe.minutes else 0.0)
+        spent = max(step / total, elapsed())
         if spent >= 1:
             return
         rate = recipe.lr * _rise(step, total, recipe) * (1 - spent)
@@ -217,10 +222,12 @@ def _train(
             group["lr"] = rate
         wanted = sum(int((example.labels[1:] != IGNORED).sum()) for example in chosen)
         loss = 0.0
-        mine = dealt(chosen)
-        for start in range(0, len(mine), recipe.micro):
-            if step and recipe.minutes and told(time.monotonic() - begun) / 60 > recipe.minutes:
+        mine, longest = dealt(chosen), -(-len(chosen) // place()[1])
+        for start in range(0, longest, recipe.micro):
+            if step and elapsed() > 1:
                 return
+            if start >= len(mine):  # another rank has more, and asks for the time once more
+                continue
             inputs, labels = collate(mine[start : start + recipe.micro], device)
             part = _loss(student, teacher, inputs, labels, recipe) / wanted
             part.backward()  # type: ignore[no-untyped-call]
