@@ -8,14 +8,12 @@ from dataclasses import dataclass, field, replace
 from graphprune.cost import MEASURES
 from graphprune.errors import UserMistake, nearest
 from graphprune.groups import KINDS, Group, Groups
+from graphprune.pieces import WHOLE
 
 WIDE = {4096: 64, 512: 16}
 """What kept FFN widths are multiples of unless a budget says otherwise, by the least width it is for."""
 
-PIECES = ("layer", "branch")
-"""Kinds whose units are whole pieces."""
-
-COUNTED = ("head", "query", "expert")
+NUMBERED = ("head", "query", "expert")
 """Kinds whose units are parts of a model that are counted, not the places of a width."""
 
 ALIASES = {"attention": ("head",), "heads": ("head",), "width": ("hidden",), "all": KINDS}
@@ -59,8 +57,8 @@ class Budget:
         for name, setting in (("round_to", self.round_to), ("minimum", self.minimum)):
             by_kind = setting if isinstance(setting, Mapping) else {KINDS[0]: 1 if setting is None else setting}
             for kind, units in by_kind.items():
-                if kind not in (*KINDS, *PIECES):
-                    raise UserMistake(f"{name}: no kind of group is called {kind!r}", fix=nearest(kind, (*KINDS, *PIECES)))
+                if kind not in (*KINDS, *WHOLE):
+                    raise UserMistake(f"{name}: no kind of group is called {kind!r}", fix=nearest(kind, (*KINDS, *WHOLE)))
                 if units < 1:
                     raise UserMistake(f"{name} cannot be {units}", fix="give a positive number of units")
         for name, share in self.target.items():
@@ -78,7 +76,7 @@ class Budget:
     def asked(self, kind: str, size: int) -> int:
         """What kept sizes of a kind are to be multiples of by ``round_to`` alone, of so many units."""
         named = for_kind(self.round_to, kind)
-        return 1 if isinstance(self.round_to, int) and kind in COUNTED and named >= size else named
+        return 1 if isinstance(self.round_to, int) and kind in NUMBERED and named >= size else named
 
     def as_asked(self, kinds: Iterable[str]) -> Budget:
         """The same for these kinds with no rounding but what was asked for."""

@@ -15,10 +15,10 @@ import typer
 from graphprune import __version__, options
 from graphprune.bench import figures
 from graphprune.budget import Budget
-from graphprune.compiler import BLIND, compile
+from graphprune.compiler import compile
 from graphprune.console import err, out, progress, shown
 from graphprune.data import calibrate, read_texts
-from graphprune.default import PLAIN, default_for, writes_text
+from graphprune.default import default_for
 from graphprune.disk import check_fits
 from graphprune.errors import GraphpruneError, UserMistake, first_line
 from graphprune.evaluate import perplexity, published
@@ -100,18 +100,17 @@ def compile_(
         show("opening")
         source = open_source(model, dtype=dtype_of(dtype), weights=not stream, device=there)
         default = default_for(source.model, calibration is not None, listed(kinds) or (), method, streamed=stream)
-        steps = [*map(find_pass, (default.method, *default.passes)), *asked[bool(method) :]]
+        steps = asked if method else [*map(find_pass, (default.method, *default.passes)), *asked]
         settings: dict[str, Any] = {
             "keep": share, "keep_of": keep_of, "method": steps[0], "kinds": listed(kinds), "scope": scope or default.scope,
             "round_to": round_to, "minimum": minimum, "protect": protect or (), "seed": seed, "passes": steps[1:],
             "target": shares,
         }  # fmt: skip
-        blind = [BLIND] if default == PLAIN and method is None and writes_text(source.model) else []
         sizes = default.samples if samples is None else samples, default.length if length is None else length
         text = calibration_for(steps, source, calibration, *sizes, batch, seed, show)
         if stream:
             streamed = compile_streamed(model, output, **settings, calibration=text, device=there, progress=show)
-            shown(streamed, output, blind)
+            shown(streamed, output, default.note)
             return
         if checkpointing:
             enable_checkpointing(source)
@@ -119,7 +118,7 @@ def compile_(
         result = compile(source.model, example, **settings, alike=alike, emit=emit, verify=verify, calibration=text, progress=show)
         show("saving")
         save(result, output, source)
-    shown(result, output, blind)
+    shown(result, output, default.note)
 
 
 @app.command()

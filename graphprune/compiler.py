@@ -16,7 +16,7 @@ from graphprune.axes import Keep
 from graphprune.budget import Budget
 from graphprune.collecting import settled
 from graphprune.data import Calibration, batches_of
-from graphprune.default import default_for, writes_text
+from graphprune.default import default_for
 from graphprune.depth import as_groups, rewrite_pieces, select_pieces
 from graphprune.device import drawing, where
 from graphprune.errors import GraphpruneError, HiddenSize, ModelLimit, UserMistake
@@ -39,8 +39,6 @@ from graphprune.rewrite.stock import stock_config
 from graphprune.select import select
 from graphprune.trace import Inputs, Trace, trace
 from graphprune.verify import Reference, check_traced, checked, close, computes, decodes, reference, says_little_of
-
-BLIND = "magnitude looks at weights alone; with calibration text (calibration=, --calibration self) a language model keeps far more"
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ def compile(  # noqa: A001  the product's own verb
     if calibration is not None:
         data = calibration if isinstance(calibration, Calibration) else Calibration(batches_of(calibration), "given")
         given[Calibration] = data if loss is None else replace(data, loss=loss)
-    notes = [BLIND] if method is None and calibration is None and not whole and writes_text(model) else []
+    notes = [default.note] if default.note else []
     given[Notes] = Notes(notes)
     given[Budget] = budget
     scorer = find_scorer(default.method, **seeded(default.method, options or {}, seed))
@@ -272,9 +270,10 @@ def example_for(model: nn.Module, inputs: Inputs | None, calibration: Any) -> Ex
     if inputs is not None:
         return Example(inputs)
     if calibration is not None:
-        if not (calibration.inputs if isinstance(calibration, Calibration) else calibration):
+        batches = calibration.inputs if isinstance(calibration, Calibration) else calibration
+        if not batches:
             raise UserMistake("the calibration holds no batch")
-        return Example(calibration.inputs[0] if isinstance(calibration, Calibration) else calibration[0])
+        return Example(batches[0])
     if isinstance(model, PreTrainedModel):
         return Example(guess_inputs(model, model.config))
     raise UserMistake(f"{type(model).__name__} needs example inputs", fix="compile(model, example_inputs, …)")

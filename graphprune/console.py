@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,8 @@ class progress:
         self.bar.__exit__(*problem)
 
 
-def shown(result: Result | Streamed, output: Path, more: Sequence[str] = ()) -> None:
-    """Print what a compile removed, what there is to note and ``more``, and what was written."""
+def shown(result: Result | Streamed, output: Path, more: str | None = None) -> None:
+    """Print what a compile removed, what there is to note, ``more`` among it, and what was written."""
     before, after = result.plan.cost["before"], result.plan.cost["after"]
     rows: dict[str, tuple[Any, Any]] = {
         "parameters": (before["parameters"], after["parameters"]),
@@ -49,7 +48,7 @@ def shown(result: Result | Streamed, output: Path, more: Sequence[str] = ()) -> 
     }
     out.print(before_after(rows))
     out.print(strips(removals(result.groups, result.plan)))
-    for note in (*result.notes, *more):
+    for note in (*result.notes, *filter(None, [more])):
         out.print(f"note  {note}", markup=False, highlight=False)
     if leads():
         out.print(f"{output} ({Amount(disk_bytes(output), 'B')}), {_what_it_is(result)}", markup=False, highlight=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import prod
 
 from torch import Tensor, fx
@@ -31,6 +31,10 @@ class Cost:
     parameters: int
     bytes: int
     flops: int
+
+
+COUNTED = tuple(measure.name for measure in fields(Cost))
+"""What is counted tensor by tensor and product by product, so that the cost of a piece can be left out."""
 
 
 class Polynomial:

@@ -6,7 +6,7 @@ Without data it is magnitude. For a language model with text it is what ``docs/q
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -17,16 +17,22 @@ from graphprune.pieces import WHOLE
 
 @dataclass(frozen=True, slots=True)
 class Default:
-    """A scoring method with the ``scope`` it is meant for, further passes, and the calibration text it wants."""
+    """A scoring method with the ``scope`` it is meant for, further passes, the calibration text it wants, and what to ``note``."""
 
     method: str | Callable[..., Any]
     scope: str = "local"
     passes: tuple[str, ...] = ()
     samples: int = 32
     length: int = 128
+    note: str | None = None
 
 
 PLAIN = Default("magnitude")
+BLIND = replace(
+    PLAIN,
+    note="magnitude looks at weights alone; with calibration text (calibration=, --calibration self) "
+    "a language model keeps far more",
+)
 REPAIR = ("least_squares:drift=0.5:damping=1", "newton:steps=2")
 CALIBRATED = Default("obs", "global", ("self_written", "sensitivity", *REPAIR), samples=32, length=512)
 STREAMED = Default("flap", passes=("least_squares",), length=512)
@@ -49,11 +55,8 @@ def default_for(
         return Default(method)
     if not set(WHOLE).isdisjoint(kinds):
         return INFLUENCE if calibrated else PLAIN
-    if not calibrated or not writes_text(model):
+    if not (isinstance(model, PreTrainedModel) and model.can_generate()) or model.config.is_encoder_decoder:
         return PLAIN
+    if not calibrated:
+        return BLIND
     return STREAMED if streamed else CALIBRATED
-
-
-def writes_text(model: nn.Module) -> bool:
-    """Whether a model continues texts."""
-    return isinstance(model, PreTrainedModel) and model.can_generate() and not model.config.is_encoder_decoder

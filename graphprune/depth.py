@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from math import prod
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from graphprune.budget import Budget, for_kind
 from graphprune.copying import duplicate
-from graphprune.cost import MEASURES, cost
+from graphprune.cost import COUNTED, MEASURES, cost
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.execute import tensors_of
 from graphprune.facts import Emission, Example, Pruned
@@ -28,9 +28,6 @@ from graphprune.rewrite.reshaped import Elements
 from graphprune.rewrite.shallow import shrink_depth
 from graphprune.score import Scores, check_scores
 from graphprune.verify import close, reference
-
-COUNTED = ("parameters", "bytes", "flops")
-"""Costs that are counted tensor by tensor and product by product, so that those of a piece can be left out."""
 
 
 def as_groups(layers: Layers) -> Groups:
@@ -61,7 +58,7 @@ def select_pieces(layers: Layers, scores: Scores, budget: Budget) -> Plan:
             f"a budget of {budget.target or budget.keep} is out of reach", why=why, fix="protect less, or ask for less"
         )
     cuts = tuple(_cut(layers, group, keep[group.factor], scores) for group in layers if len(keep[group.factor]) < group.size)
-    costs = {"before": _costs(layers.axes), "after": _costs(remaining(layers, keep))}
+    costs = {"before": asdict(cost(layers.axes, {})), "after": asdict(cost(remaining(layers, keep), {}))}
     options = {name: getattr(budget, name) for name in ("keep", "keep_of", "scope")} | {"protect": list(budget.protect)}
     options |= {"target": dict(budget.target)} if budget.target else {}
     return Plan(layers.axes.trace.name, fingerprint(layers.axes.trace), scores.method, options, cuts, costs)
@@ -110,11 +107,6 @@ def remaining(layers: Layers, keep: Mapping[Any, Sequence[int]]) -> Axes:
 def _parameters(axes: Axes, names: set[str] | None) -> int:
     known = axes.trace.parameters
     return sum(prod(t.shape) for name, t in known.items() if names is None or name in names)
-
-
-def _costs(axes: Axes) -> dict[str, int]:
-    found = cost(axes, {})
-    return {name: getattr(found, name) for name in ("parameters", "bytes", "flops")}
 
 
 # ── rewrite ──────────────────────────────────────────────────────────────────────────────────────────────────────────

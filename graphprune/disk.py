@@ -128,7 +128,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.files = tuple(self.folder / name for name in _shards(self.folder))
+        self.files = tuple(self.folder / name for name in shards(self.folder))
         self.entries = {name: entry for file in self.files for name, entry in _header(file)}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -197,7 +197,8 @@ def _tell(function: str, *arguments: int) -> None:
         found(*arguments)
 
 
-def _shards(folder: Path) -> list[str]:
+def shards(folder: Path) -> list[str]:
+    """The names of a checkpoint's files. Raises UserMistake where there are none, or its index is damaged."""
     if (folder / INDEX).is_file():
         try:
             return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
@@ -205,7 +206,9 @@ def _shards(folder: Path) -> list[str]:
             raise UserMistake(f"half a checkpoint: {INDEX} cannot be read", at=str(folder), why=str(error)) from error
     if (folder / WEIGHTS).is_file():
         return [WEIGHTS]
-    raise UserMistake(f"no safetensors in {folder}", fix="save_pretrained it as safetensors")
+    pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+    why = "its weights are pickled, and a pickle can run code" if pickled else "it holds no weights"
+    raise UserMistake(f"no safetensors in {folder}", why=why, fix="save_pretrained it as safetensors")
 
 
 def _header(file: Path) -> Iterator[tuple[str, Entry]]:

@@ -20,9 +20,9 @@ from graphprune.disk import hand_back
 from graphprune.errors import UserMistake, nearest
 from graphprune.factory import import_file
 from graphprune.score import Scores
+from graphprune.signature import POSITIONAL
 
 LIBRARY = "graphprune.passes"
-POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 Facts = dict[type, Any]
 Progress = Callable[[str], None]
 

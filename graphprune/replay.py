@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from graphprune.compiler import Result, example_for, rewrite
+from graphprune.compiler import Result, example_for, rewrite, traced
 from graphprune.cost import cost
 from graphprune.data import Calibration
 from graphprune.depth import as_groups, remaining, rewrite_pieces
@@ -18,7 +18,7 @@ from graphprune.pipeline import Facts, Pass, run
 from graphprune.plan import Plan
 from graphprune.propagate import Axes, propagate
 from graphprune.rewrite.record import remember
-from graphprune.trace import Inputs, trace
+from graphprune.trace import Inputs
 
 
 def replay(
@@ -34,15 +34,12 @@ def replay(
     given: Facts = {nn.Module: model, Plan: plan, Emission: Emission(emit, verify)}
     given[Example] = example_for(model, example_inputs, calibration)
 
-    def found(model: nn.Module, example: Example) -> Axes:
-        return propagate(trace(model, example.inputs, dynamic=emit == "graph"))
-
     def whole(axes: Axes) -> Layers:
         return pieces(axes, plan.cuts[0].kind)
 
     removes_pieces = any(cut.kind in WHOLE for cut in plan.cuts)
     stages = [Pass(whole), Pass(as_groups), Pass(rewrite_pieces)] if removes_pieces else [Pass(couple), Pass(rewrite)]
-    facts: dict[Any, Any] = run([Pass(found), *stages], given)
+    facts: dict[Any, Any] = run([Pass(traced), Pass(propagate), *stages], given)
     pruned: Pruned = remember(facts[Pruned], model)
     plan = replace(plan, cost=_cost(facts[Groups], plan))
     repairs = plan.options.get("passes", ())

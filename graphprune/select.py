@@ -8,11 +8,11 @@ Groups that must shrink alike form one *lever*; a lever shrinks in *steps*, each
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from graphprune.budget import Budget, allowed_kinds
-from graphprune.cost import MEASURES, Measure, cost, parameter_count
+from graphprune.cost import COUNTED, MEASURES, Measure, cost, parameter_count
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.groups import Group, Groups
 from graphprune.levers import Lever, as_levers, sizes_of
@@ -167,8 +167,7 @@ def _plan(groups: Groups, scores: Scores, budget: Budget, levers: Sequence[Lever
     place = {group.name: i for i, group in enumerate(groups)}
     sizes = sizes_of(levers, depths)
     before, after = cost(axes, {}), cost(axes, sizes)
-    names = ("parameters", "bytes", "flops")
-    limits = [limit for limit in ledger.limits if limit.name not in names]
+    limits = [limit for limit in ledger.limits if limit.name not in COUNTED]
     return Plan(
         model=axes.trace.name,
         fingerprint=fingerprint(axes.trace),
@@ -176,8 +175,8 @@ def _plan(groups: Groups, scores: Scores, budget: Budget, levers: Sequence[Lever
         options=_options(budget),
         cuts=tuple(sorted(cuts, key=lambda cut: place[cut.group])),
         cost={
-            "before": {name: getattr(before, name) for name in names} | {limit.name: limit.before for limit in limits},
-            "after": {name: getattr(after, name) for name in names} | {limit.name: limit.measure(sizes) for limit in limits},
+            "before": asdict(before) | {limit.name: limit.before for limit in limits},
+            "after": asdict(after) | {limit.name: limit.measure(sizes) for limit in limits},
         },
     )
 

@@ -16,6 +16,9 @@ from torch.utils import _pytree as pytree
 
 from graphprune.errors import UserMistake, nearest
 
+POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+"""Parameters that have a place."""
+
 PLAIN = (int, float, str, type(None))
 """Defaults that may stand for an argument that is not given."""
 
@@ -71,8 +74,7 @@ class Signature:
 def signature_of(model: nn.Module) -> Signature:
     """How the forward of a model is called."""
     parameters = signature(model.forward).parameters.values()
-    by_position = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
-    names = tuple(parameter.name for parameter in parameters if parameter.kind in by_position)
+    names = tuple(parameter.name for parameter in parameters if parameter.kind in POSITIONAL)
     return Signature(names, {p.name: p.default for p in parameters if isinstance(p.default, PLAIN)})
 
 

@@ -24,13 +24,12 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers.utils.quantization_config import GgufConfig
 
 from graphprune import quiet
+from graphprune.disk import INDEX, shards
 from graphprune.errors import ModelLimit, UserMistake, first_line
 from graphprune.factory import make, siblings, which
 from graphprune.inputs import guess_inputs, named
 from graphprune.rewrite.record import RECORD, build_model, read_model
 
-INDEX = "model.safetensors.index.json"
-WEIGHTS = "model.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -233,15 +232,7 @@ def _on_meta(model_class: Any, config: Any, dtype: torch.dtype | None) -> nn.Mod
 
 def _check_weights(folder: Path) -> None:
     """Every shard there, every shard whole: transformers would fill a gap with random numbers."""
-    if (folder / INDEX).is_file():
-        names = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
-    elif (folder / WEIGHTS).is_file():
-        names = [WEIGHTS]
-    else:
-        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-        why = "its weights are pickled, and a pickle can run code" if pickled else "it holds a config and no weights"
-        raise UserMistake(f"no safetensors in {folder}", why=why, fix="save_pretrained it as safetensors")
-    for name in names:
+    for name in shards(folder):
         _check_shard(folder / name)
 
 

@@ -10,10 +10,10 @@ Data-free. ``result = graphprune.compile(model, inputs, keep=0.8, method="magnit
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from graphprune import Groups, Scores, score
+from graphprune.precise import precise
 
 
 def magnitude(model: nn.Module, groups: Groups, *, p: int = 2, aggregate: str = "sum") -> Scores:
@@ -22,9 +22,9 @@ def magnitude(model: nn.Module, groups: Groups, *, p: int = 2, aggregate: str = 
 
     def power(block: Tensor) -> Tensor:
         block = block.abs() if block.is_complex() else block
-        precise = block.to(torch.promote_types(block.dtype, torch.float32))
+        own = precise(block)
         if p != 2:
-            return precise.abs().pow(p)
-        return precise.square() if precise is block else precise.square_()
+            return own.abs().pow(p)
+        return own.square() if own is block else own.square_()
 
     return score(groups, groups.axes.tensors, weights.get, method=f"magnitude p={p} {aggregate}", how=aggregate, each=power)

@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from graphprune import Budget, Groups, Plan, Scores, score, select
+from graphprune.device import where
 
 ACTIVATIONS = ["relu", "relu6", "gelu", "silu", "hardswish", "hardtanh", "sigmoid", "tanh", "elu", "leaky_relu", "mish"]
 PASSING = {name + ending for name in ACTIVATIONS for ending in ("", "_")}
@@ -34,8 +35,7 @@ def synflow(model: nn.Module, groups: Groups, budget: Budget, *, rounds: int = 1
     weights = {name: p.detach().abs().double() for name, p in model.named_parameters(remove_duplicate=False)}
     weights = {name: weights[name] for name in groups.axes.trace.parameters}
     buffers = dict(model.named_buffers(remove_duplicate=False)) | dict(groups.axes.trace.constants)
-    device = next(model.parameters()).device
-    fallen = {group.name: torch.zeros(group.size, dtype=torch.float64, device=device) for group in groups}
+    fallen = {group.name: torch.zeros(group.size, dtype=torch.float64, device=where(model)) for group in groups}
     scores = Scores(fallen, "")
     for k in range(1, rounds + 1):
         saliency = _flow(groups, weights, buffers)

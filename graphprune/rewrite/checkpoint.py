@@ -20,12 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, contiguous_format, get_default_device, nn
 from transformers import AutoConfig, PreTrainedModel
 
+from graphprune.disk import WEIGHTS
 from graphprune.errors import UserMistake, first_line
 from graphprune.rewrite import reshaped
 from graphprune.rewrite.record import RECORD, Record, class_path, read_model
-
-WEIGHTS = "model.safetensors"
-
 
 # ── saving ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 

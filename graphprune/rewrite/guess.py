@@ -259,7 +259,7 @@ def search(options: Options, attempt: Callable[[Choice], Outcome | None]) -> tup
 
 
 def _needed(options: Options, picked: dict[Kind, int], attempt: Callable[[Choice], Outcome | None]) -> dict[Kind, int]:
-    """A guess that came true, without the numbers that need not change: they may be no sizes. Those of torch's own layers stay."""
+    """A guess that came true, without the numbers that need not change, which may be no sizes; the ``sure`` ones stay."""
     doubtful = [[kind for kind in picked if kind not in options.sure]]
     while doubtful:
         drop = doubtful.pop()
