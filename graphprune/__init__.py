@@ -6,7 +6,7 @@ from graphprune.collecting import uncollected
 with uncollected():
     from graphprune.budget import Budget
     from graphprune.capture import see_inputs
-    from graphprune.compiler import Result, compile, rewrite
+    from graphprune.compiler import Result, compile
     from graphprune.data import Calibration, calibrate
     from graphprune.facts import Pruned
     from graphprune.gradients import language_loss, see_gradients

@@ -115,7 +115,8 @@ def compile_(
         if checkpointing:
             enable_checkpointing(source)
         example = None if text else source.example_inputs()
-        result = compile(source.model, example, **settings, alike=alike, emit=emit, verify=verify, calibration=text, progress=show)
+        settings |= {"alike": alike, "emit": emit, "verify": verify, "calibration": text, "inplace": True}
+        result = compile(source.model, example, **settings, progress=show)
         show("saving")
         save(result, output, source)
     shown(result, output, default.note)
@@ -166,7 +167,7 @@ def apply(
         show("opening")
         source = open_source(model, dtype=dtype_of(dtype))
         show("pruning")
-        result = replay(source.model, chosen, source.example_inputs(), emit=emit)
+        result = replay(source.model, chosen, source.example_inputs(), emit=emit, inplace=True)
         show("saving")
         save(result, output, source)
     shown(result, output)

@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from graphprune import quiet
-from graphprune.axes import Keep
 from graphprune.budget import Budget
 from graphprune.collecting import settled
 from graphprune.data import Calibration, batches_of
 from graphprune.default import default_for
 from graphprune.depth import as_groups, rewrite_pieces, select_pieces
 from graphprune.device import drawing, where
+from graphprune.emission import rewrite
 from graphprune.errors import GraphpruneError, HiddenSize, ModelLimit, UserMistake
-from graphprune.execute import tensors_of
 from graphprune.facts import Emission, Example, Notes, Pruned
 from graphprune.gradients import Loss
 from graphprune.groups import Groups, couple
@@ -30,15 +27,10 @@ from graphprune.narrow import narrow, stock_steps
 from graphprune.pieces import WHOLE, Layers, pieces
 from graphprune.pipeline import Facts, Pass, Progress, find_pass, find_scorer, run
 from graphprune.plan import Plan
-from graphprune.programs import same_program
 from graphprune.propagate import Axes, propagate
-from graphprune.rewrite.graph import PrunedGraph, Smaller, smaller
-from graphprune.rewrite.module import copy_cut, emit_module, over
 from graphprune.rewrite.record import remember
-from graphprune.rewrite.stock import stock_config
 from graphprune.select import select
 from graphprune.trace import Inputs, Trace, trace
-from graphprune.verify import Reference, check_traced, checked, close, computes, decodes, reference, says_little_of
 
 
 @dataclass(frozen=True)
@@ -88,6 +80,7 @@ def compile(  # noqa: A001  the product's own verb
     passes: Sequence[str | Callable[..., Any]] = (),
     options: Mapping[str, Any] | None = None,
     loss: Loss | None = None,
+    inplace: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Prune ``model`` to a share ``keep`` of its prunable parameters and check the result. The input model is untouched.
@@ -97,15 +90,17 @@ def compile(  # noqa: A001  the product's own verb
     ``passes`` adds further ones. Without a method it is magnitude, with calibration text the recipe in ``default.py``, its
     ``scope`` and its passes before yours. ``loss(model, inputs)`` is what gradients are of: by default that of the next token, or
     the model's own. ``alike`` (default for transformers models) makes equal layers shrink alike, which a
-    stock config needs. Budget parameters are those of ``Budget``. Raises ModelLimit when the model stands in the way,
-    UserMistake on bad arguments; nothing is changed then.
+    stock config needs. Budget parameters are those of ``Budget``. ``inplace`` spares the memory of a second model: once
+    all is checked a transformers model that a stock config will describe becomes the smaller one itself, and is the result's
+    ``model``; any other, or one that a pass asks for after the cut, is left as it is. Raises ModelLimit when the model stands in
+    the way, UserMistake on bad arguments; nothing is changed then.
     """
     model = prunable(model)
     whole = not set(WHOLE).isdisjoint(kinds or ())
     default = default_for(model, calibration is not None, kinds or (), method)
     shrink_alike = _alike(model, alike, emit)
     budget = Budget(keep, keep_of, scope or default.scope, kinds, protect, round_to, minimum, shrink_alike, dict(target or {}))
-    given: Facts = {nn.Module: model, Example: example_for(model, example_inputs, calibration), Emission: Emission(emit, verify)}
+    given: Facts = {nn.Module: model, Example: example_for(model, example_inputs, calibration)}
     if calibration is not None:
         data = calibration if isinstance(calibration, Calibration) else Calibration(batches_of(calibration), "given")
         given[Calibration] = data if loss is None else replace(data, loss=loss)
@@ -115,6 +110,8 @@ def compile(  # noqa: A001  the product's own verb
     scorer = find_scorer(default.method, **seeded(default.method, options or {}, seed))
     stages = whole_pieces(scorer, kinds or ()) if whole else pipeline(scorer)
     stages = with_extras(stages, [find_pass(extra) for extra in (*default.passes, *passes)])
+    asked_for = any(nn.Module in stage.needs.values() for stage in _after(stages))
+    given[Emission] = Emission(emit, verify, inplace and not asked_for)
     with settled(), drawing(seed, where(model)):
         facts = _without_hidden(stages, given, progress)
     pruned: Pruned = remember(facts[Pruned], model)
@@ -179,9 +176,13 @@ def whole_pieces(scorer: Pass, kinds: Sequence[str]) -> list[Pass]:
 
 def with_repairs(plan: Plan, stages: Sequence[Pass]) -> Plan:
     """The plan that names the passes which changed weights after it, as no plan can say how."""
-    made = [stage.makes for stage in stages]
-    repairs = [stage.name for stage in stages[made.index(Pruned) + 1 :] if stage.makes is Pruned]
+    repairs = [stage.name for stage in _after(stages) if stage.makes is Pruned]
     return replace(plan, options={**plan.options, "passes": repairs}) if repairs else plan
+
+
+def _after(stages: Sequence[Pass]) -> Sequence[Pass]:
+    """The stages behind the one that first makes the smaller model."""
+    return stages[[stage.makes for stage in stages].index(Pruned) + 1 :]
 
 
 def with_extras(stages: Sequence[Pass], extras: Sequence[Pass]) -> list[Pass]:
@@ -198,51 +199,6 @@ def with_extras(stages: Sequence[Pass], extras: Sequence[Pass]) -> list[Pass]:
 def traced(model: nn.Module, example: Example, emission: Emission) -> Trace:
     """The first stage; a graph that is to be emitted keeps batch and sequence open where the model allows it."""
     return trace(model, example.inputs, dynamic=emission.emit == "graph")
-
-
-def rewrite(model: nn.Module, groups: Groups, plan: Plan, example: Example, emission: Emission) -> Pruned:
-    """Emit the smaller model and check it: masked original ≡ cut graph ≡ emitted model. Raises naming the group at fault."""
-    axes, keep = groups.axes, plan.keep(groups)
-    tensors, inputs = tensors_of(model, axes.trace), axes.trace.flatten(example.inputs)
-    cutting = cache(partial(smaller, axes, tensors, keep))
-    exact = checked(groups, tensors, inputs, keep, cutting)[1] if emission.verify else None
-    cut = cutting()
-    if emission.emit == "graph":
-        if emission.verify:
-            check_traced(model, axes.trace, tensors, example.inputs)
-        return Pruned(PrunedGraph(axes.trace, cut.graph, cut.tensors), obstacle="a graph has no config")
-    wanted = reference(axes.trace, cut.tensors, inputs, cut.graph, exact)
-    return _as_module(model, axes, keep, cut, wanted, example)
-
-
-def _as_module(model: nn.Module, axes: Axes, keep: Keep, cut: Smaller, wanted: Reference, example: Example) -> Pruned:
-    """The smaller model of the same class. What had to be guessed is held to the program, too: numbers may say too little of it."""
-    vague = says_little_of(model, axes.trace)
-
-    def same(emitted: nn.Module) -> bool:
-        with quiet.building():
-            return same_program(cut.graph, trace(emitted, example.inputs))
-
-    def accept(emitted: nn.Module) -> bool:
-        try:
-            return close(emitted, example.inputs, wanted) and (not vague or same(emitted))
-        except ModelLimit:  # what cannot be traced is not the same
-            return False
-
-    emitted, obstacle = copy_cut(model, axes, cut.tensors), "a plain module has no config"
-    if isinstance(model, PreTrainedModel):
-        try:
-            return Pruned(emitted, config=stock_config(model, emitted, axes, keep, accept))
-        except ModelLimit as limit:
-            emitted, obstacle = over(model, emitted), str(limit)
-    remembers = decodes(model, example.inputs)
-
-    def runs(emitted: nn.Module, guessed: bool) -> bool:
-        agrees = computes(emitted, example.inputs, wanted) and remembers(emitted)
-        return agrees and (same(emitted) if guessed or vague else True)
-
-    emitted, attributes = emit_module(model, emitted, axes, keep, runs)
-    return Pruned(emitted, obstacle=obstacle, attributes=attributes)
 
 
 def _alike(model: nn.Module, alike: bool | None, emit: str) -> bool:

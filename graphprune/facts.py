@@ -22,10 +22,12 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Emission:
-    """How the smaller model is written: ``emit`` is ``module`` or ``graph``, ``verify`` whether it is checked."""
+    """How the smaller model is written: ``emit`` is ``module`` or ``graph``, ``verify`` whether it is checked, ``inplace`` whether
+    the model itself may become it."""
 
     emit: str = "module"
     verify: bool = True
+    inplace: bool = False
 
     def __post_init__(self) -> None:
         if self.emit not in ("module", "graph"):

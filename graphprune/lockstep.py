@@ -22,7 +22,8 @@ from graphprune.disk import put
 from graphprune.matrices import Contracted, Product, products
 from graphprune.precise import precise
 from graphprune.propagate import Axes
-from graphprune.rewrite.graph import cut, resized_graph
+from graphprune.rewrite.cut import cut
+from graphprune.rewrite.graph import resized_graph
 
 
 @dataclass(frozen=True, slots=True)

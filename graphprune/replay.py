@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from graphprune.compiler import Result, example_for, rewrite, traced
+from graphprune.compiler import Result, example_for, traced
 from graphprune.cost import cost
 from graphprune.data import Calibration
 from graphprune.depth import as_groups, remaining, rewrite_pieces
+from graphprune.emission import rewrite
 from graphprune.facts import Emission, Example, Pruned
 from graphprune.groups import Groups, couple
 from graphprune.pieces import WHOLE, Layers, pieces
@@ -28,10 +29,14 @@ def replay(
     *,
     emit: str = "module",
     verify: bool = True,
+    inplace: bool = False,
     calibration: Calibration | None = None,
 ) -> Result:
-    """Prune ``model`` exactly as ``plan`` says. Raises UserMistake when the plan was made for another architecture."""
-    given: Facts = {nn.Module: model, Plan: plan, Emission: Emission(emit, verify)}
+    """Prune ``model`` exactly as ``plan`` says, ``inplace`` as ``compile`` has it.
+
+    Raises UserMistake when the plan was made for another architecture.
+    """
+    given: Facts = {nn.Module: model, Plan: plan, Emission: Emission(emit, verify, inplace)}
     given[Example] = example_for(model, example_inputs, calibration)
 
     def whole(axes: Axes) -> Layers:

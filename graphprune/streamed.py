@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from graphprune.axes import Axis, Keep
+from graphprune.axes import Keep
 from graphprune.budget import Budget
 from graphprune.collecting import settled
 from graphprune.compiler import prunable, seeded, traced, with_extras, with_repairs
@@ -26,19 +26,16 @@ from graphprune.parts import Place, layout
 from graphprune.pieces import WHOLE
 from graphprune.pipeline import Pass, Progress, find_pass, find_scorer, run
 from graphprune.plan import PLAN, Plan
-from graphprune.programs import same_program
 from graphprune.propagate import Axes, propagate
 from graphprune.ranks import leads, wait
 from graphprune.rewrite.blueprint import build_empty, build_meta
-from graphprune.rewrite.config import fit
 from graphprune.rewrite.files import cuts
-from graphprune.rewrite.graph import cut, resized_graph
+from graphprune.rewrite.inplace import put
 from graphprune.rewrite.record import check_described
-from graphprune.rewrite.stock import numbers, same_buffers, saved_shapes, shapes_after
+from graphprune.rewrite.static import by_name, static_config
 from graphprune.rewrite.stream import copy_rest, shared, write_cut
 from graphprune.select import select
 from graphprune.source import open_source
-from graphprune.trace import Inputs, Trace, trace
 
 BLOCKS = 8 << 20
 """Bytes that the blocks in which files are read do not reach: their memory is used again and again."""
@@ -150,7 +147,7 @@ def write(model: nn.Module, groups: Groups, plan: Plan, example: Example, files:
         copy_rest(files.checkpoint.folder, files.folder)
         config.save_pretrained(files.folder)
         plan.save(files.folder / PLAN)
-        write_cut(files.checkpoint, cuts(files.places, _by_name(axes), keep), files.folder)
+        write_cut(files.checkpoint, cuts(files.places, by_name(axes), keep), files.folder)
     wait()
     filled = Checkpoint(files.folder)
     written = Files(filled, layout(build_meta(type(model), config), filled), files.folder, files.device)
@@ -174,50 +171,7 @@ def opened(model: nn.Module, config: PreTrainedConfig, axes: Axes, keep: Keep, f
                 f"{tensor.name} cannot be streamed", at=str(files.checkpoint.folder), why=why, fix="compile it in memory"
             )
         value: Any = OnDisk.of(entry, files.device) if tensor.kind == "parameter" else entry.read()
-        for alias in tensor.names:
-            home, _, leaf = alias.rpartition(".")
-            held: dict[str, Any] = vars(built.get_submodule(home))["_parameters" if tensor.kind == "parameter" else "_buffers"]
-            held[leaf] = value
+        put(built, tensor.names, value)
     for part in built.modules():
         part._buffers.update({leaf: value.to(files.device) for leaf, value in part._buffers.items() if value is not None})
     return built
-
-
-def _by_name(axes: Axes) -> dict[str, tuple[Axis, ...]]:
-    """The axes of what a model holds, under each of its names."""
-    held = [tensor for tensor in axes.trace.tensors.values() if tensor.kind != "constant"]
-    return {name: axes.tensors[tensor.name] for tensor in held for name in tensor.names}
-
-
-# ── the config, without a weight ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def static_config(model: PreTrainedModel, axes: Axes, keep: Keep, inputs: Inputs) -> PreTrainedConfig:
-    """The stock config whose model computes the graph that the cut demands, node for node. Raises ModelLimit when none does.
-
-    What its constructor computes and no file holds must be what is left of that now.
-    """
-    by_name, shapes = _by_name(axes), shapes_after(axes, keep)
-    unsaved = shapes.keys() - saved_shapes(model, shapes).keys()
-    wanted, before = resized_graph(axes, keep), build_empty(type(model), model.config)
-    for name, buffer in list(before.named_buffers(remove_duplicate=False)):
-        if name in unsaved:
-            home, _, leaf = name.rpartition(".")
-            before.get_submodule(home)._buffers[leaf] = cut(buffer, by_name[name], keep)
-
-    def computes_the_same(config: PreTrainedConfig) -> bool:
-        if not same_buffers(before, build_empty(type(model), config)):
-            return False
-        found = trace(build_meta(type(model), config), inputs)
-        return same_program(wanted, found) and _same_constants(axes.trace, found)
-
-    return fit(model, shapes, numbers(axes, keep), computes_the_same)
-
-
-def _same_constants(one: Trace, other: Trace) -> bool:
-    pairs = zip(one.constants.values(), other.constants.values(), strict=False)
-    return len(one.constants) == len(other.constants) and all(_equal(mine, theirs) for mine, theirs in pairs)
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and (one.is_meta or other.is_meta or torch.equal(one, other))

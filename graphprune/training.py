@@ -18,7 +18,7 @@ from graphprune.cost import parameters
 from graphprune.errors import UserMistake
 from graphprune.groups import Group
 from graphprune.plan import Plan
-from graphprune.rewrite.graph import cut
+from graphprune.rewrite.cut import cut
 
 
 class Penalty(TrainerCallback):

@@ -84,7 +84,7 @@ def masked_outputs(axes: Axes, tensors: Mapping[str, Tensor], inputs: Sequence[A
 
 def smaller_outputs(axes: Axes, tensors: Mapping[str, Tensor], inputs: Sequence[Any], keep: Keep) -> list[Tensor]:
     """What the cut tensors compute, in double precision."""
-    cut = smaller(axes, tensors, keep)
+    cut = smaller(axes, tensors, keep, held=False)
     return leaves(execute(axes.trace, cut.tensors, inputs, graph=cut.graph, dtype=torch.float64))
 
 
@@ -139,7 +139,7 @@ def _gap(
     large = max(1 << 20, int(LARGE * sum(tensor.nbytes for tensor in tensors.values())))
     with given_back(large):
         wanted = masked_outputs(axes, tensors, inputs, keep)
-        left = smaller(axes, tensors, keep) if cut is None else cut()
+        left = smaller(axes, tensors, keep, held=False) if cut is None else cut()
         found = leaves(execute(axes.trace, left.tensors, inputs, graph=left.graph, dtype=torch.float64))
     return difference(found, wanted), found
 

@@ -22,7 +22,8 @@ from torch.utils import _pytree as pytree
 from graphprune.axes import Axis, Factor, Keep
 from graphprune.execute import execute, tensors_of
 from graphprune.propagate import Axes, propagate
-from graphprune.rewrite.graph import cut, cut_all, resized_graph
+from graphprune.rewrite.cut import cut, cut_all
+from graphprune.rewrite.graph import resized_graph
 from graphprune.rules import RULES, find_rule, is_in_place, table
 from graphprune.trace import trace
 from graphprune.verify import masks

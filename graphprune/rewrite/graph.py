@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from math import gcd
 from operator import floordiv, mul
 from typing import Any, Self
@@ -22,28 +21,11 @@ from graphprune.computed import evaluated
 from graphprune.errors import UserMistake
 from graphprune.propagate import Axes
 from graphprune.rewrite.admit import admission
+from graphprune.rewrite.cut import Lazily, cut, cut_all
 from graphprune.rules import Literal
 from graphprune.trace import Trace, TracedTensor
 
 aten = torch.ops.aten
-
-
-def cut(tensor: Tensor, axes: tuple[Axis, ...], keep: Keep) -> Tensor:
-    """The slice of ``tensor`` that survives; the tensor itself where nothing on it shrinks."""
-    return _picked(tensor, axes, keep, lambda axis: torch.tensor(axis.kept(keep)))
-
-
-def cut_all(axes: Axes, tensors: Mapping[str, Tensor], keep: Keep) -> dict[str, Tensor]:
-    """Every traced tensor, cut."""
-    positions = cache(lambda axis: torch.tensor(axis.kept(keep)))
-    return {name: _picked(tensor, axes.tensors[name], keep, positions) for name, tensor in tensors.items()}
-
-
-def _picked(tensor: Tensor, axes: tuple[Axis, ...], keep: Keep, positions: Callable[[Axis], Tensor]) -> Tensor:
-    for dim, axis in enumerate(axes):
-        if axis.shrinks(keep):
-            tensor = tensor.index_select(dim, positions(axis).to(tensor.device))
-    return tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +36,9 @@ class Smaller:
     tensors: Mapping[str, Tensor]
 
 
-def smaller(axes: Axes, tensors: Mapping[str, Tensor], keep: Keep) -> Smaller:
-    """What is left of a computation. A tensor on which nothing shrinks is not copied."""
-    return Smaller(resized_graph(axes, keep), cut_all(axes, tensors, keep))
+def smaller(axes: Axes, tensors: Mapping[str, Tensor], keep: Keep, *, held: bool = True) -> Smaller:
+    """What is left of a computation. Where nothing shrinks nothing is copied, unless ``held`` nothing before it is read."""
+    return Smaller(resized_graph(axes, keep), cut_all(axes, tensors, keep) if held else Lazily(axes, tensors, keep))
 
 
 def resized_graph(axes: Axes, keep: Keep) -> fx.Graph:

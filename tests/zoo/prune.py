@@ -18,7 +18,8 @@ from graphprune.difference import difference, leaves
 from graphprune.execute import execute, tensors_of
 from graphprune.groups import Group, Groups, couple
 from graphprune.propagate import propagate
-from graphprune.rewrite.graph import cut_all, resized_graph
+from graphprune.rewrite.cut import cut_all
+from graphprune.rewrite.graph import resized_graph
 from graphprune.trace import trace
 from graphprune.verify import TOLERANCE, masked_outputs, smaller_outputs
 from tests.zoo.entries import Entry, build
