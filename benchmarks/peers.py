@@ -7,8 +7,9 @@ Each run is a process of its own on one thread that imports everything first and
 network of ``networks.py`` is built, garbage is collected, and the clock runs from the model to the pruned model. Runs come in
 pairs, one after the other; ratios are medians over pairs. ``extra`` is what the process grew by at its peak, over the model's
 bytes. torch-pruning is asked for a quarter of every width; graphprune gets the share of parameters that this leaves (a quarter
-where the peer does not finish). It runs twice: as it is by default, which checks the result and finds the config that describes
-it (``ours``), and ``bare``, without either, which is all that the peer does.
+where the peer does not finish). It runs three times: as it is by default, which checks the result, finds the config that describes
+it and leaves the model as it was (``ours``); the same ``in place``, as the peer is; and ``bare``, beside the model, without a
+check or a config, which is all that the peer does.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 SHARE = 0.25
-SYSTEMS = ("peer", "ours", "bare")
+OURS: dict[str, dict[str, Any]] = {"ours": {}, "in place": {"inplace": True}, "bare": {"verify": False, "alike": False}}
+SYSTEMS = ("peer", *OURS)
 
 
 def main() -> None:
@@ -47,7 +50,7 @@ def main() -> None:
         return
     rows: dict[str, dict[str, Any]] = {}
     print(
-        f"{'network':>16} {'peer s':>8} {'ours s':>8} {'ratio':>6} {'bare s':>8} {'ratio':>6} {'peer extra':>10} {'our extra':>9}"
+        f"{'network':>16} {'peer s':>8} " + " ".join(f"{name:>8} {'ratio':>6}" for name in OURS) + "  extra: peer, ours, in place"
     )
     for name in options.networks or NETWORKS:
         rows[name] = compared(name, options.pairs, options.limit)
@@ -101,15 +104,14 @@ def summary(runs: list[dict[str, float]], peer: list[dict[str, float]]) -> dict[
 
 def line(name: str, row: dict[str, Any]) -> str:
     """One line of the table."""
-    peer, ours, bare = (row[system] for system in SYSTEMS)
 
     def shown(value: float | None, form: str) -> str:
         return "—" if value is None else format(value, form)
 
-    cells = [shown(peer.get("seconds"), ".2f"), shown(ours.get("seconds"), ".2f"), shown(ours["ratio"], ".2f")]
-    cells += [shown(bare.get("seconds"), ".2f"), shown(bare["ratio"], ".2f")]
-    cells += [shown(peer.get("extra"), ".2f"), shown(ours.get("extra"), ".2f")]
-    return f"{name:>16} " + " ".join(f"{cell:>{width}}" for cell, width in zip(cells, (8, 8, 6, 8, 6, 10, 9), strict=True))
+    times = [f"{shown(row['peer'].get('seconds'), '.2f'):>8}"]
+    times += [f"{shown(row[own].get('seconds'), '.2f'):>8} {shown(row[own]['ratio'], '.2f'):>6}" for own in OURS]
+    extra = [f"{shown(row[system].get('extra'), '.2f'):>6}" for system in SYSTEMS[:3]]
+    return " ".join([f"{name:>16}", *times, " ", *extra])
 
 
 def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
@@ -133,28 +135,27 @@ def one(system: str, name: str, keep: float) -> dict[str, float]:
     """CPU seconds from model to pruned model, the peak of the process over its start in model sizes, the share kept."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    prune = by_peer if system == "peer" else by_us
-    prune(*llama(2, hidden=64, heads=2, kv=2), 0.9, True)
+    prune = by_peer if system == "peer" else partial(by_us, OURS[system])
+    prune(*llama(2, hidden=64, heads=2, kv=2), 0.9)
     model, inputs = NETWORKS[name]()
     before = sum(p.numel() for p in model.parameters())
     size = 4 * before
     gc.collect()
     with Peak() as peak:
         start = time.process_time()
-        pruned = prune(model, inputs, keep, system == "bare")
+        pruned = prune(model, inputs, keep)
         seconds = time.process_time() - start
     kept = sum(p.numel() for p in pruned.parameters()) / before
     return {"seconds": seconds, "extra": peak.extra / size, "kept": kept}
 
 
-def by_us(model: nn.Module, inputs: Any, keep: float, bare: bool) -> nn.Module:
-    """By the same magnitude; ``bare`` is without a check and, as the peer's results, without regard to a stock config."""
+def by_us(options: dict[str, Any], model: nn.Module, inputs: Any, keep: float) -> nn.Module:
+    """By the same magnitude."""
     kinds = ["head", "ffn"] if hasattr(model, "config") else None
-    options: dict[str, Any] = {"verify": False, "alike": False} if bare else {}
     return graphprune.compile(model, inputs, keep=keep, keep_of="model", kinds=kinds, **options).model
 
 
-def by_peer(model: nn.Module, inputs: Any, keep: float, bare: bool) -> nn.Module:
+def by_peer(model: nn.Module, inputs: Any, _keep: float) -> nn.Module:
     """As in torch-pruning's own examples for each kind of model."""
     import torch_pruning  # noqa: PLC0415  only the peer's process needs it
 

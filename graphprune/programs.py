@@ -23,8 +23,8 @@ def same_program(one: fx.Graph, other: Trace) -> bool:
 
     A reshape that need not copy is a view; a chunk is a split into the sizes that it gives; a squeeze names what it drops; what is
     viewed as another tensor is told its shape; a slice ends where its operand does; attention is told its scale. What neither
-    gives back, in which order a value lies in memory, and on which device, do not count. A constant that the graph has by its
-    elements must be what the trace computes.
+    gives back, and in which order a value lies in memory, do not count. A constant that the graph has by its elements must be
+    what the trace computes.
     """
     mine, theirs = ([node for node in graph.nodes if _meant(node) is node] for graph in (one, other.graph))
     if len(mine) != len(theirs):
@@ -100,5 +100,4 @@ def _spelled(node: fx.Node, twin: fx.Node) -> tuple[Any, Any]:
         told = given.get("dim", list(range(len(shape))))
         dims = sorted(dim % len(shape) for dim in (told if isinstance(told, list | tuple) else [told]))
         return aten.squeeze.dims, [given["self"], [dim for dim in dims if shape[dim] == 1]]
-    placeless = [value for value in given.values() if not isinstance(value, torch.device)]
-    return node.target, placeless or [node.args, node.kwargs]
+    return node.target, list(given.values()) or [node.args, node.kwargs]

@@ -28,9 +28,8 @@ from graphprune.pipeline import Pass, Progress, find_pass, find_scorer, run
 from graphprune.plan import PLAN, Plan
 from graphprune.propagate import Axes, propagate
 from graphprune.ranks import leads, wait
-from graphprune.rewrite.blueprint import build_empty, build_meta
+from graphprune.rewrite.blueprint import build_empty, build_meta, put
 from graphprune.rewrite.files import cuts
-from graphprune.rewrite.inplace import put
 from graphprune.rewrite.record import check_described
 from graphprune.rewrite.static import by_name, static_config
 from graphprune.rewrite.stream import copy_rest, shared, write_cut

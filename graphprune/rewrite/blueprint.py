@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -53,6 +53,15 @@ def build_empty(cls: type[Model], config: PreTrainedConfig) -> Model:
     with quiet.building(), init_empty_weights(include_buffers=False), _Unfilled(), no_init_weights():
         model: Model = cls._from_config(deepcopy(config)).train(False)  # type: ignore[no-untyped-call]
     return model
+
+
+def put(model: nn.Module, names: Iterable[str], tensor: Tensor) -> None:
+    """Let a model hold a tensor under these names, of which it has each: no shape is compared."""
+    for name in names:
+        home, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(home)
+        held: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
+        held[leaf] = tensor
 
 
 class _Unfilled(TorchFunctionMode):

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from graphprune.axes import Keep
 from graphprune.execute import tensors_of
 from graphprune.propagate import Axes
-from graphprune.rewrite.blueprint import build_empty
+from graphprune.rewrite.blueprint import build_empty, put
 from graphprune.rewrite.cut import cutter
 from graphprune.rewrite.module import adopt
 
@@ -29,12 +26,3 @@ def cut_in_place(model: PreTrainedModel, axes: Axes, keep: Keep, config: PreTrai
             put(model, traced.names, own)
     adopt(model, build_empty(type(model), config))
     return left
-
-
-def put(model: nn.Module, names: Iterable[str], tensor: Tensor) -> None:
-    """Let a model hold a tensor under these names, of which it has each: no shape is compared."""
-    for name in names:
-        home, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(home)
-        held: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
-        held[leaf] = tensor

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from graphprune.axes import Axis, Keep
+from graphprune.device import where
 from graphprune.programs import same_program
 from graphprune.propagate import Axes
-from graphprune.rewrite.blueprint import build_empty, build_meta
+from graphprune.rewrite.blueprint import build_empty, build_meta, put
 from graphprune.rewrite.config import fit
 from graphprune.rewrite.cut import cut
 from graphprune.rewrite.graph import resized_graph
@@ -39,24 +40,35 @@ def static_config(model: PreTrainedModel, axes: Axes, keep: Keep, inputs: Inputs
     wanted, before = resized_graph(axes, keep), build_empty(type(model), model.config)
     for name, buffer in list(before.named_buffers(remove_duplicate=False)):
         if name in unsaved:
-            home, _, leaf = name.rpartition(".")
-            before.get_submodule(home)._buffers[leaf] = cut(buffer, known[name], keep)
+            put(before, [name], cut(buffer, known[name], keep))
 
     def computes_the_same(config: PreTrainedConfig) -> bool:
         if not same_buffers(before, build_empty(type(model), config)):
             return False
-        found = trace(retyped(build_meta(type(model), config), dtypes), inputs)
+        found = trace(_weightless(model, config, dtypes), inputs)
         return same_program(wanted, found) and _same_constants(axes.trace, found)
 
     return fit(model, shapes, numbers(axes, keep), computes_the_same)
 
 
-def retyped(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
-    """A model on the meta device with tensors of these types: a config need not say in which precision a model is."""
-    held = [*model.named_parameters(), *model.named_buffers()]
-    for tensor, dtype in ((tensor, dtypes.get(name, tensor.dtype)) for name, tensor in held):
-        tensor.data = tensor.data.to(dtype)
-    return model
+def _weightless(model: PreTrainedModel, config: PreTrainedConfig, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
+    """What a config describes, where ``model`` is and in its precision, which a config need not say. No parameter takes memory:
+    on the meta device it never does, elsewhere each is a single zero, repeated."""
+    device = where(model)
+    built: nn.Module = build_meta(type(model), config)
+    computed = {} if device.type == "meta" else dict(build_empty(type(model), config).named_buffers(remove_duplicate=False))
+    fresh: dict[int, Tensor] = {}
+    for name, tensor in [*built.named_parameters(remove_duplicate=False), *built.named_buffers(remove_duplicate=False)]:
+        dtype = dtypes.get(name, tensor.dtype)
+        if id(tensor) not in fresh:
+            new = (
+                computed[name].to(device, dtype)
+                if name in computed
+                else torch.zeros((), dtype=dtype, device=device).expand(tensor.shape)
+            )
+            fresh[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+        put(built, [name], fresh[id(tensor)])
+    return built
 
 
 def _same_constants(one: Trace, other: Trace) -> bool:
