@@ -158,6 +158,19 @@ def test_what_no_trace_shows_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         compile(llama(), keep=0.6, method="magnitude", inplace=True)
 
 
+def test_a_buffer_that_no_config_gives_stands_in_the_way_here_too() -> None:
+    def slowed() -> Any:
+        model = llama()
+        model.model.rotary_emb.inv_freq.mul_(0.5)
+        return model
+
+    model = slowed()
+    found = compile(model, keep=0.6, method="magnitude", inplace=True)
+    assert found.model is not model
+    assert found.pruned.config is None
+    assert compile(slowed(), keep=0.6, method="magnitude").pruned.config is None
+
+
 def test_a_model_in_place_is_saved_and_loaded(tmp_path: Any) -> None:
     model = llama()
     result = compile(model, keep=0.6, method="magnitude", inplace=True)

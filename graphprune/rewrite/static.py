@@ -38,9 +38,10 @@ def static_config(model: PreTrainedModel, axes: Axes, keep: Keep, inputs: Inputs
     unsaved = shapes.keys() - saved_shapes(model, shapes).keys()
     dtypes = {alias: traced.dtype for traced in axes.trace.tensors.values() for alias in traced.names}
     wanted, before = resized_graph(axes, keep), build_empty(type(model), model.config)
+    held = {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if not buffer.is_meta}
     for name, buffer in list(before.named_buffers(remove_duplicate=False)):
-        if name in unsaved:
-            put(before, [name], cut(buffer, known[name], keep))
+        whole = held.get(name, buffer)
+        put(before, [name], cut(whole, known[name], keep) if name in unsaved else whole)
 
     def computes_the_same(config: PreTrainedConfig) -> bool:
         if not same_buffers(before, build_empty(type(model), config)):
@@ -61,11 +62,8 @@ def _weightless(model: PreTrainedModel, config: PreTrainedConfig, dtypes: Mappin
     for name, tensor in [*built.named_parameters(remove_duplicate=False), *built.named_buffers(remove_duplicate=False)]:
         dtype = dtypes.get(name, tensor.dtype)
         if id(tensor) not in fresh:
-            new = (
-                computed[name].to(device, dtype)
-                if name in computed
-                else torch.zeros((), dtype=dtype, device=device).expand(tensor.shape)
-            )
+            empty = torch.zeros((), dtype=dtype, device=device).expand(tensor.shape)
+            new = computed[name].to(device, dtype) if name in computed else empty
             fresh[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
         put(built, [name], fresh[id(tensor)])
     return built
