@@ -8,6 +8,7 @@ with uncollected():
     from graphprune.capture import see_inputs
     from graphprune.compiler import Result, compile
     from graphprune.data import Calibration, calibrate
+    from graphprune.emission import rewrite
     from graphprune.facts import Pruned
     from graphprune.gradients import language_loss, see_gradients
     from graphprune.groups import Group, Groups, couple

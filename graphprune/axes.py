@@ -86,7 +86,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Place(Axis):
+class UnitAxis(Axis):
     """The axis on which a whole tensor is one ``unit`` of a factor: it exists while the unit does."""
 
     factor: Factor

@@ -68,7 +68,7 @@ def operands(node: fx.Node) -> Iterator[tuple[Argument, fx.Node]]:
                 yield argument, value
 
 
-def written(node: fx.Node) -> list[fx.Node]:
+def written_to(node: fx.Node) -> list[fx.Node]:
     """The operands an operation writes to, as its schema says: ``self`` of ``add_``, ``out`` of ``mm.out``, whole lists."""
     return [operand for argument, operand in operands(node) if argument.written] if writes(node.target) else []
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphprune.abreast import Abreast
-from graphprune.axes import Axis, Place
+from graphprune.axes import Axis, UnitAxis
 from graphprune.calls import operation
 from graphprune.disk import rows
 from graphprune.errors import ModelLimit, UserMistake
@@ -108,7 +108,7 @@ def readers(groups: Groups) -> dict[str, tuple[Consumer, ...]]:
     found = reading(groups)
     for group in groups:
         if not found[group.name]:
-            whole = isinstance(groups.axes.tensors[group.members[0].name][group.members[0].dim], Place)
+            whole = isinstance(groups.axes.tensors[group.members[0].name][group.members[0].dim], UnitAxis)
             why = "its units are whole pieces" if whole else "its units meet only other activations"
             fix = "score it by magnitude, taylor or short_gpt" if whole else "leave this kind out, or use a gradient"
             raise ModelLimit(f"{group.name} is read by no weight", why=why, fix=fix)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.axes import Axis, Factor
-from graphprune.calls import written
+from graphprune.calls import written_to
 from graphprune.execute import Walk
 from graphprune.rules import NUMBERED
 from graphprune.trace import Trace
@@ -28,14 +28,14 @@ def computed(trace: Trace) -> frozenset[fx.Node]:
             still.add(node)
             if _is_numbered(node) or any(operand in found for operand in node.all_input_nodes):
                 found.add(node)
-    changed = [operand for node in trace.graph.nodes for operand in written(node)]
+    changed = [operand for node in trace.graph.nodes for operand in written_to(node)]
     return frozenset(found - _connected([node for node in changed if node in found], found))
 
 
 def _is_still(trace: Trace, node: fx.Node, still: set[fx.Node]) -> bool:
     if node.op == "placeholder":
         return node.name in trace.tensors and _is_known(trace.constants.get(trace.tensors[node.name].name))
-    if node.op != "call_function" or written(node) or not isinstance(node.meta.get("val"), Tensor):
+    if node.op != "call_function" or written_to(node) or not isinstance(node.meta.get("val"), Tensor):
         return False
     chance = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
     return not chance and all(operand in still for operand in node.all_input_nodes)

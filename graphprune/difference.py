@@ -13,7 +13,7 @@ AT_ONCE = 1 << 20
 """Numbers that are compared at a time."""
 
 
-def leaves(outputs: Any) -> list[Tensor]:
+def tensors_in(outputs: Any) -> list[Tensor]:
     """The floating-point tensors among a model's outputs; a complex one is two real ones."""
     tensors = [value for value in pytree.tree_leaves(outputs) if isinstance(value, Tensor)]
     return [torch.view_as_real(t) if t.is_complex() else t for t in tensors if t.is_floating_point() or t.is_complex()]

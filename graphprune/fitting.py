@@ -14,7 +14,7 @@ from graphprune.budget import Budget
 from graphprune.errors import ModelLimit
 from graphprune.groups import Group, Groups
 from graphprune.levers import alike
-from graphprune.rewrite.stock import Places, expressible, held, moved, obviously_expressible, sketchable, spelled
+from graphprune.rewrite.stock import SizedDims, expressible, held, moved, obviously_expressible, sketchable, spelled
 
 TRIED_STEPS = 8
 """How many roundings are tried to find sizes a config accepts."""
@@ -78,7 +78,7 @@ class Fitting:
                 found += islice((chosen for chosen in self._along(row, free, tried) if self._fits(chosen, tried)), 1)
         return found
 
-    def _along(self, row: Row, rows: Sequence[tuple[Row, Places]], steps: Mapping[str, Sequence[int]]) -> Iterator[list[Row]]:
+    def _along(self, row: Row, rows: Sequence[tuple[Row, SizedDims]], steps: Mapping[str, Sequence[int]]) -> Iterator[list[Row]]:
         """A row with those of ``rows`` that a field moves with it, wholly or, where it takes several fields, in part."""
         mine = next(own for other, own in rows if other is row)
         for step in steps[row[0].kind]:
@@ -87,7 +87,7 @@ class Fitting:
                     yield [other for other, own in rows if other is row or own <= found]
                     yield [other for other, own in rows if other is row or own & found]
 
-    def _places(self, row: Row) -> Places:
+    def _places(self, row: Row) -> SizedDims:
         """The dimensions that equal layers lie on, as ``moved`` has them."""
         tensors = self.groups.axes.tensors
         dims = [(member.name, member.dim) for member in row[0].members if member.name in tensors]

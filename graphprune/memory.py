@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import fx, nn
 
-from graphprune.calls import operands, written
+from graphprune.calls import operands, written_to
 
 
 def lent(graph: fx.Graph) -> frozenset[str]:
@@ -23,7 +23,7 @@ def rewritten(graph: fx.Graph) -> frozenset[fx.Node]:
     for node in graph.nodes:
         shared = _shared(node) if node.op == "call_function" else []
         behind[node] = frozenset().union(*(behind[operand] for operand in shared)) or frozenset({node})
-        found.update(*(behind[operand] for operand in written(node)))
+        found.update(*(behind[operand] for operand in written_to(node)))
     return frozenset(node for node, memory in behind.items() if memory & found)
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from graphprune import quiet
 from graphprune.compiler import Result
 from graphprune.device import beside, drawing, where
-from graphprune.difference import leaves
+from graphprune.difference import tensors_in
 from graphprune.errors import ModelLimit, UserMistake
 from graphprune.exportable import exportable
 from graphprune.facts import Example
@@ -105,7 +105,7 @@ def _check_reload(result: Result, folder: Path) -> None:
         return
     args, kwargs = beside(as_call(result.facts[Example].inputs), where(result.model))
     with torch.no_grad(), exportable(result.model, experts=None), drawing(SEED, where(result.model)):
-        expected = leaves(result.model(*args, **kwargs))
+        expected = tensors_in(result.model(*args, **kwargs))
     loaded: Any = load(folder).to(where(result.model), result.model.dtype).eval()
     if not close(loaded, result.facts[Example].inputs, Reference(lambda: expected)):
         raise ModelLimit(

@@ -183,25 +183,25 @@ def _spot(box: Box) -> tuple[slice, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Location:
     """Where a tensor of a model lies: ``entry`` reads and writes it, ``boxes`` are its parts."""
 
     entry: Stored
     boxes: tuple[Box, ...]
 
 
-def layout(model: PreTrainedModel, files: Checkpoint) -> dict[str, Place]:
+def layout(model: PreTrainedModel, files: Checkpoint) -> dict[str, Location]:
     """For each tensor of a model that a checkpoint holds, by the model's name, its place in the files.
 
     The weights of ``model`` may be on the meta device. What is no rectangular part of a file (rows interleaved) is left out.
     """
-    found: dict[str, Place] = {}
+    found: dict[str, Location] = {}
     for name, parts in _converted(model, files):
         entries = [files.entries[box.source] for box in parts.boxes]
         if parts.boxes == (Box.of(parts.boxes[0].source, entries[0].shape),):
-            found[name] = Place(entries[0], parts.boxes)
+            found[name] = Location(entries[0], parts.boxes)
         elif len({entry.dtype for entry in entries}) == 1:
-            found[name] = Place(Assembled(tuple(parts.shape), entries[0].dtype, parts.boxes, files.entries), parts.boxes)
+            found[name] = Location(Assembled(tuple(parts.shape), entries[0].dtype, parts.boxes, files.entries), parts.boxes)
     return found
 
 

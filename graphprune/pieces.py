@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import networkx as nx
 from torch import Tensor, fx
 
-from graphprune.axes import Factor, Keep, Place
+from graphprune.axes import Factor, Keep, UnitAxis
 from graphprune.calls import is_check
 from graphprune.dependency import useless
 from graphprune.errors import ModelLimit, UserMistake, nearest
@@ -256,7 +256,7 @@ def _branch_name(join: fx.Node, branch: fx.Node) -> str:
 def _as_groups(axes: Axes, found: Mapping[str, tuple[Piece, ...]], kind: str, frozen: Mapping[str, Reason]) -> Layers:
     first = 1 + max((factor.id for factor in axes.factors()), default=0)
     factors = {name: Factor(first + i, len(pieces)) for i, (name, pieces) in enumerate(found.items())}
-    places = {t: Place((), factors[n], unit) for n, pieces in found.items() for unit, p in enumerate(pieces) for t in p.tensors}
+    places = {t: UnitAxis((), factors[n], unit) for n, pieces in found.items() for unit, p in enumerate(pieces) for t in p.tensors}
     tensors = {name: (*dims, places[name]) if name in places else dims for name, dims in axes.tensors.items()}
     order = {name: place for place, name in enumerate(axes.trace.parameters)}
     groups = tuple(

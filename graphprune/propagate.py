@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.axes import Axis, Factor
-from graphprune.calls import all_arguments, operation, takes_part, written
+from graphprune.calls import all_arguments, operation, takes_part, written_to
 from graphprune.computed import computed
 from graphprune.errors import RuleBug
 from graphprune.memory import rewritten
@@ -157,7 +157,7 @@ class _Walk:
             return self._part(node)
         shapes = shapes_of(node.meta.get("val"))
         rule = find_rule(node.target)
-        if rule is None and shapes is None and not written(node):
+        if rule is None and shapes is None and not written_to(node):
             return self._freeze_positions(node, "read as a number")
         if rule is None:
             return self._freeze(node, _no_rule(node))
@@ -245,7 +245,7 @@ class _Walk:
         """What an operation writes to has the axes of what it gives; giving it other dimensions writes nothing."""
         if torch.Tag.inplace_view in op.node.target.tags:  # type: ignore[union-attr]
             return
-        targets = (typed for operand in written(op.node) for typed in _each(self.values.get(operand)))
+        targets = (typed for operand in written_to(op.node) for typed in _each(self.values.get(operand)))
         for target, typed in zip(targets, _each(result), strict=False):
             for axis, other in zip(target.axes, typed.axes, strict=False):
                 op.equal(axis, other)

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import has_side_effect
 from torch.utils import _pytree as pytree
 
-from graphprune.twins import Block, Place, find_twins, is_plain, same
+from graphprune.twins import Attribute, Block, find_twins, is_plain, same
 
 AUTOCAST = ("cpu", "cuda")
 """Devices for which autocast may be on or off."""
@@ -46,7 +46,7 @@ class Call:
     number: int
     block: Block
     inputs: Any
-    read: tuple[Place, ...]
+    read: tuple[Attribute, ...]
     outputs: tuple[Any, ...]
     spec: pytree.TreeSpec
 
@@ -163,11 +163,11 @@ def _numbers(tensor: Tensor) -> Any:
 
 
 @contextmanager
-def _listening(block: Block) -> Iterator[list[Place]]:
+def _listening(block: Block) -> Iterator[list[Attribute]]:
     """Collects which of the differing attributes are read."""
     homes = {id(vars(module)): path for path, module in block.inner.items()}
     hidden = {(path, name): vars(block.inner[path]).pop(name) for path, name in block.differing}
-    read: list[Place] = []
+    read: list[Attribute] = []
     lookup = nn.Module.__getattr__
 
     def heard(module: nn.Module, name: str) -> Any:

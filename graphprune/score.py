@@ -14,7 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from graphprune.axes import Axis, Factor, Place
+from graphprune.axes import Axis, Factor, UnitAxis
 from graphprune.disk import OnDisk, given_back, rows, threads
 from graphprune.errors import UserMistake, nearest
 from graphprune.groups import Group, Groups
@@ -116,7 +116,7 @@ def gather_units(profile: Tensor, axis: Axis, factor: Factor) -> Tensor:
     if axis.segments == ((factor,),):
         return profile.double()
     total = profile.new_zeros(factor.size, dtype=torch.float64)
-    if isinstance(axis, Place) and axis.factor == factor:
+    if isinstance(axis, UnitAxis) and axis.factor == factor:
         total[axis.unit] = profile.sum()
     start = 0
     for product in axis.segments:
@@ -182,7 +182,7 @@ def score(
             wanted[member.name][member.dim] = None
 
     def shaped(name: str) -> Tensor | None:
-        saliency, shape = criterion(name), tuple(axis.size for axis in axes[name] if not isinstance(axis, Place))
+        saliency, shape = criterion(name), tuple(axis.size for axis in axes[name] if not isinstance(axis, UnitAxis))
         if saliency is not None and tuple(saliency.shape) != shape:
             what = f"{method} gives {name} a saliency of shape {tuple(saliency.shape)}"
             raise UserMistake(what, why=f"the tensor is {shape}", fix="one number for each of its elements")

@@ -22,7 +22,7 @@ from graphprune.errors import ModelLimit, UserMistake
 from graphprune.facts import Emission, Example, Notes, Pruned
 from graphprune.groups import Groups, couple
 from graphprune.narrow import narrow, stock_steps
-from graphprune.parts import Place, layout
+from graphprune.parts import Location, layout
 from graphprune.pieces import WHOLE
 from graphprune.pipeline import Pass, Progress, find_pass, find_scorer, run
 from graphprune.plan import PLAN, Plan
@@ -58,7 +58,7 @@ class Files:
     """The checkpoint that is read, where the model's tensors lie in it, the directory that is filled, and where to compute."""
 
     checkpoint: Checkpoint
-    places: Mapping[str, Place]
+    places: Mapping[str, Location]
     folder: Path
     device: torch.device
 

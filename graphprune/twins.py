@@ -22,7 +22,7 @@ OPAQUE = (nn.Module, Tensor, type, ModuleType, FunctionType, MethodType)
 """What holds nothing that a call would change: modules are looked at one by one, tensors are written to in the graph."""
 DEPTH = 3
 
-Place = tuple[str, str]
+Attribute = tuple[str, str]
 """A plain attribute: the path of its module inside the block, and its name."""
 
 
@@ -33,9 +33,9 @@ class Block:
     name: str
     module: nn.Module
     inner: Mapping[str, nn.Module]
-    differing: tuple[Place, ...]
+    differing: tuple[Attribute, ...]
 
-    def reads(self, place: Place) -> Any:
+    def reads(self, place: Attribute) -> Any:
         """The value of a plain attribute."""
         return vars(self.inner[place[0]])[place[1]]
 

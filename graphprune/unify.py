@@ -81,14 +81,14 @@ class Solver:
 
     def pin(self, axis: Expression, why: Reason) -> None:
         """Freeze every factor of ``axis``."""
-        for leaf in leaves(axis):
+        for leaf in free_variables(axis):
             if not leaf.pins:
                 self.pinned.setdefault(id(why), (leaf.id, why))
             leaf.pins.append(why)
 
     def renormalise(self, axis: Expression, why: Reason) -> None:
         """Mark that an operation normalises over ``axis``: removing its units is allowed but not exact."""
-        for leaf in leaves(axis):
+        for leaf in free_variables(axis):
             leaf.renormalised.append(why)
 
     def cut(self, axis: Expression, offset: int, why: Reason) -> tuple[Expression, Expression]:
@@ -193,7 +193,7 @@ class Solver:
 
     def _bind(self, variable: Variable, meaning: Expression) -> None:
         variable.meaning = meaning
-        for leaf in leaves(meaning):
+        for leaf in free_variables(meaning):
             leaf.pins += variable.pins
             leaf.renormalised += variable.renormalised
 
@@ -279,7 +279,7 @@ def _find(variable: Variable) -> Variable:
     return variable
 
 
-def leaves(axis: Sequence[Product]) -> Iterator[Variable]:
+def free_variables(axis: Sequence[Product]) -> Iterator[Variable]:
     """The free variables of ``axis``, each once."""
     seen: dict[int, Variable] = {}
     stack = [variable for product in axis for variable in product]

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from graphprune.axes import Axis, Keep
 from graphprune.device import CPU, beside, drawing, where
-from graphprune.difference import difference, leaves
+from graphprune.difference import difference, tensors_in
 from graphprune.disk import given_back
 from graphprune.errors import ModelLimit, RuleBug
 from graphprune.execute import Edit, execute, is_drawn
@@ -79,13 +79,13 @@ def _mask(whole: Axis, part: Axis, keep: Keep) -> Tensor:
 
 def masked_outputs(axes: Axes, tensors: Mapping[str, Tensor], inputs: Sequence[Any], keep: Keep) -> list[Tensor]:
     """What the original computes without the removed units, in double precision."""
-    return leaves(execute(axes.trace, tensors, inputs, dtype=torch.float64, edit=masks(axes, keep)))
+    return tensors_in(execute(axes.trace, tensors, inputs, dtype=torch.float64, edit=masks(axes, keep)))
 
 
 def smaller_outputs(axes: Axes, tensors: Mapping[str, Tensor], inputs: Sequence[Any], keep: Keep) -> list[Tensor]:
     """What the cut tensors compute, in double precision."""
     cut = smaller(axes, tensors, keep, held=False)
-    return leaves(execute(axes.trace, cut.tensors, inputs, graph=cut.graph, dtype=torch.float64))
+    return tensors_in(execute(axes.trace, cut.tensors, inputs, graph=cut.graph, dtype=torch.float64))
 
 
 def check_masked(
@@ -140,7 +140,7 @@ def _gap(
     with given_back(large):
         wanted = masked_outputs(axes, tensors, inputs, keep)
         left = smaller(axes, tensors, keep, held=False) if cut is None else cut()
-        found = leaves(execute(axes.trace, left.tensors, inputs, graph=left.graph, dtype=torch.float64))
+        found = tensors_in(execute(axes.trace, left.tensors, inputs, graph=left.graph, dtype=torch.float64))
     return difference(found, wanted), found
 
 
@@ -204,12 +204,12 @@ def reference(
     @cache
     def outputs() -> Sequence[Tensor]:
         with drawing(SEED, device), torch._C.DisableTorchFunction():
-            return leaves(run())
+            return tensors_in(run())
 
     if exact is not None:
         return Reference(outputs, lambda: exact, known=True)
     outputs()
-    return Reference(outputs, None if any(map(is_drawn, graph.nodes)) else lambda: leaves(run(dtype=torch.float64)))
+    return Reference(outputs, None if any(map(is_drawn, graph.nodes)) else lambda: tensors_in(run(dtype=torch.float64)))
 
 
 def close(emitted: torch.nn.Module, inputs: Inputs, wanted: Reference) -> bool:
@@ -225,7 +225,7 @@ def computes(emitted: torch.nn.Module, inputs: Inputs, wanted: Reference) -> boo
     """The same, but what the model raises is raised. Experts are run as the model runs them, however they were traced."""
     args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, beside(as_call(inputs), where(emitted)))
     with exportable(emitted, experts=None), drawing(SEED, where(emitted)), untouched(emitted):
-        return wanted.agrees(leaves(emitted(*args, **kwargs)))
+        return wanted.agrees(tensors_in(emitted(*args, **kwargs)))
 
 
 def check_traced(model: torch.nn.Module, trace: Trace, tensors: Mapping[str, Tensor], inputs: Inputs) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graphprune.axes import Axis, Factor, Keep
-from graphprune.unify import Expression, Reason, Solver, leaves, length, resolve
+from graphprune.unify import Expression, Reason, Solver, free_variables, length, resolve
 
 settings.register_profile("laws", deadline=None, max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("laws")
@@ -95,7 +95,7 @@ def built(solver: Solver, layout: Layout) -> Expression:
 def shape(axis: Expression) -> str:
     """An axis with its factors numbered in the order they appear, pinned ones in brackets."""
     names: dict[int, str] = {}
-    pinned = {leaf.id for leaf in leaves(axis) if leaf.pins}
+    pinned = {leaf.id for leaf in free_variables(axis) if leaf.pins}
 
     def name(item: Factor | Axis) -> str:
         if isinstance(item, Axis):
@@ -118,7 +118,7 @@ def test_unify_is_symmetric(pair: tuple[Layout, Layout]) -> None:
     one, other = (built(forth, layout) for layout in pair)
     twin, mirror = (built(back, layout) for layout in pair)
     assert forth.unify(one, other, WHY) == back.unify(mirror, twin, WHY)
-    if not any(leaf.pins for leaf in leaves(one)):
+    if not any(leaf.pins for leaf in free_variables(one)):
         assert shape(one) == shape(twin)
 
 
@@ -146,7 +146,7 @@ def test_what_unified_shrinks_alike_and_what_did_not_is_pinned(pair: tuple[Layou
         keep = survivors(dice, left.factors)
         assert left.kept(keep) == right.kept(keep)
     else:
-        stuck = [*leaves(one), *leaves(other)]
+        stuck = [*free_variables(one), *free_variables(other)]
         assert stuck and all(leaf.pins and "test: " in leaf.pins[0].what for leaf in stuck)
 
 
@@ -173,7 +173,7 @@ def test_pins_and_norms_follow_units(pair: tuple[Layout, Layout], first: bool) -
     if not first:
         solver.pin(one, WHY)
         solver.renormalise(one, WHY)
-    assert all(leaf.pins and (leaf.renormalised or not agreed) for leaf in (*leaves(one), *leaves(other)))
+    assert all(leaf.pins and (leaf.renormalised or not agreed) for leaf in (*free_variables(one), *free_variables(other)))
 
 
 @given(st.sampled_from([8, 12, 24]).flatmap(lambda size: st.tuples(layouts(size), st.integers(0, size))))
@@ -183,7 +183,7 @@ def test_a_cut_axis_is_the_sum_of_its_parts(cut: tuple[Layout, int]) -> None:
     before, after = solver.cut(whole, offset, WHY)
     assert (length(before), length(after)) == (offset, length(whole) - offset)
     assert solver.unify((*before, *after), whole, WHY)
-    assert not any(leaf.pins for leaf in leaves(whole))
+    assert not any(leaf.pins for leaf in free_variables(whole))
 
 
 # ── programs of reshapes, transpositions and concatenations, against real tensors ────────────────────────────────────
@@ -262,7 +262,7 @@ def test_kept_is_what_real_tensors_keep(dice: random.Random, sizes: list[int], s
     program = Program(sizes)
     for _ in range(steps):
         program.random_step(dice)
-    free = {Factor(leaf.id, leaf.size) for axis in (*program.start, *program.axes) for leaf in leaves(axis) if not leaf.pins}
+    free = {Factor(leaf.id, leaf.size) for axis in (*program.start, *program.axes) for leaf in free_variables(axis) if not leaf.pins}
     keep = survivors(dice, free)
     value = cut(torch.arange(program.value.numel()).reshape(sizes), program.start, keep)
     for step in program.steps:
@@ -313,8 +313,8 @@ def test_adversarial_layouts_cost_little(attack: Callable[[Program, int], None],
     attack(program, number)
     whole = program.start[0]
     assert len(program.solver.variables) < 2000
-    stuck = [leaf for leaf in leaves(whole) if leaf.pins]
-    assert not stuck or len(stuck) == len(list(leaves(whole)))
+    stuck = [leaf for leaf in free_variables(whole) if leaf.pins]
+    assert not stuck or len(stuck) == len(list(free_variables(whole)))
     assert all(leaf.pins[0].what.startswith("test: ") for leaf in stuck)
 
 
@@ -336,7 +336,7 @@ def test_coprime_layouts_are_refused_with_the_reason() -> None:
     assert solver.unify(whole, solver.product((solver.fresh(2), solver.fresh(3))), WHY)
     assert not solver.unify(whole, solver.product((solver.fresh(3), solver.fresh(2))), WHY)
     assert shape(whole) == "[0:2]·[1:3]"
-    assert next(leaves(whole)).pins[0].what == "test: 3 and 2 have no common layout"
+    assert next(free_variables(whole)).pins[0].what == "test: 3 and 2 have no common layout"
 
 
 def test_axes_of_different_sizes_are_refused() -> None:
@@ -347,5 +347,5 @@ def test_axes_of_different_sizes_are_refused() -> None:
 def test_an_empty_axis_and_an_axis_of_one_have_no_factors() -> None:
     solver = Solver()
     assert (length(solver.fresh(0)), length(solver.fresh(1))) == (0, 1)
-    assert not list(leaves((*solver.fresh(0), *solver.fresh(1))))
+    assert not list(free_variables((*solver.fresh(0), *solver.fresh(1))))
     assert solver.unify(solver.product((solver.fresh(1), solver.fresh(3))), solver.fresh(3), WHY)

@@ -26,7 +26,7 @@ RETRACE = 'trace on arguments like these, or emit="module"'
 NAMESPACE = {"max": max, "min": min, "math": math, "torch": torch}
 """What a condition on sizes, written as Python, may call."""
 
-Place = tuple[int, int]
+InputDim = tuple[int, int]
 """A dimension of an input: the number of the input, that of the dimension."""
 
 
@@ -77,7 +77,7 @@ class Admission:
     keywords: tuple[str, ...]
     structure: pytree.TreeSpec
     leaves: tuple[Leaf, ...]
-    places: tuple[Place, ...]
+    places: tuple[InputDim, ...]
     conditions: tuple[Condition, ...]
 
     def flat(self, args: tuple[Any, ...], kwargs: dict[str, Any], own: Callable[[], torch.dtype | None]) -> list[Any]:
@@ -173,7 +173,7 @@ def _holds(condition: Condition, sizes: Sequence[int]) -> bool:
         return False
 
 
-def _called(leaves: Sequence[Leaf], place: Place) -> str:
+def _called(leaves: Sequence[Leaf], place: InputDim) -> str:
     return f"{leaves[place[0]].name}.shape[{place[1]}]"
 
 

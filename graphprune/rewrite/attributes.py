@@ -30,7 +30,7 @@ OWN = ("training", "_parameters", "_buffers", "_modules", "_non_persistent_buffe
 """What torch keeps in a module."""
 
 
-def numbers(module: nn.Module) -> Iterator[tuple[Path, int, int]]:
+def whole_numbers(module: nn.Module) -> Iterator[tuple[Path, int, int]]:
     """Every whole number of ``module``: the path to it, its value, and a mark that two paths to one place share."""
     for name, held in vars(module).items():
         if name not in OWN:

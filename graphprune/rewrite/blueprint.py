@@ -128,12 +128,12 @@ class Blueprint:
         return {dim: size for dim, size in new.items() if self.sizes.get(dim) != size} | gone
 
 
-def leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def scalars(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """Every scalar in the settings with its path; a map onto 0, 1, 2 … numbers labels, not sizes."""
     if not isinstance(node, dict | list):
         yield path, node
     elif isinstance(node, list) or list(node.values()) != list(range(len(node))):
-        yield from chain.from_iterable(leaves(value, (*path, key)) for key, value in items(node))
+        yield from chain.from_iterable(scalars(value, (*path, key)) for key, value in items(node))
 
 
 def items(node: dict[str, Any] | list[Any]) -> Iterable[tuple[str | int, Any]]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from graphprune import quiet
 from graphprune.errors import ModelLimit, UserMistake, nearest
-from graphprune.rewrite.blueprint import Blueprint, Changes, Dim, Path, Sizes, dims, is_number, leaves
+from graphprune.rewrite.blueprint import Blueprint, Changes, Dim, Path, Sizes, dims, is_number, scalars
 from graphprune.rewrite.probe import Few, Field, Probe, described, probe
 
 Step = tuple[Path, int]  # a field, and its new value
@@ -92,7 +92,7 @@ def sketched(
 
 def named(blueprint: Blueprint, numbers: Mapping[int, Sequence[int]]) -> list[Step]:
     """The fields that hold a size which changes, each with what that becomes."""
-    held = [(path, value) for path, value in leaves(blueprint.settings()) if isinstance(value, int) and is_number(value)]
+    held = [(path, value) for path, value in scalars(blueprint.settings()) if isinstance(value, int) and is_number(value)]
     return [(path, new) for old in numbers for path, value in held if value == old for new in numbers[old]]
 
 

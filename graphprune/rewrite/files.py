@@ -12,26 +12,26 @@ import numpy as np
 
 from graphprune.axes import Axis, Keep
 from graphprune.errors import ModelLimit
-from graphprune.parts import Box, Place
+from graphprune.parts import Box, Location
 from graphprune.runs import Positions
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class Remainder:
     """What stays of a tensor: its new name, None where nothing does, and the positions that stay, by dimension."""
 
     name: str | None
     kept: tuple[Positions, ...] = ()
 
 
-def cuts(places: Mapping[str, Place], axes: Mapping[str, tuple[Axis, ...]], keep: Keep) -> dict[str, Cut]:
+def cuts(places: Mapping[str, Location], axes: Mapping[str, tuple[Axis, ...]], keep: Keep) -> dict[str, Remainder]:
     """What stays of those tensors of the files that are part of one which shrinks; both mappings are by the model's names.
 
     Raises ModelLimit where that is no rectangle.
     """
     smaller = {name for name in places if any(axis.shrinks(keep) for axis in axes.get(name, ()))}
     touched = {box.source for name in smaller for box in places[name].boxes}
-    parts: dict[str, list[Cut]] = defaultdict(list)
+    parts: dict[str, list[Remainder]] = defaultdict(list)
 
     @cache
     def positions(axis: Axis) -> Positions:
@@ -45,7 +45,7 @@ def cuts(places: Mapping[str, Place], axes: Mapping[str, tuple[Axis, ...]], keep
     return {source: _together(source, own) for source, own in parts.items()}
 
 
-def _left(boxes: Sequence[Box], kept: Sequence[Positions]) -> Iterator[tuple[str, Cut]]:
+def _left(boxes: Sequence[Box], kept: Sequence[Positions]) -> Iterator[tuple[str, Remainder]]:
     """What stays of each part of a tensor: of what is numbered, the first names go to those that stay."""
     names = {box.place: box.source for box in boxes}
 
@@ -60,21 +60,21 @@ def _left(boxes: Sequence[Box], kept: Sequence[Positions]) -> Iterator[tuple[str
     for box in boxes:
         numbered = [dim for dim, held in enumerate(box.dims) if held is None]
         if any(box.place[dim] not in numbers(dim) for dim in numbered):
-            yield box.source, Cut(None)
+            yield box.source, Remainder(None)
             continue
         place = tuple(numbers(dim)[at] if dim in numbered else at for dim, at in enumerate(box.place))
         dims = sorted((held, dim) for dim, held in enumerate(box.dims) if held is not None)
         positions = (within(dim, box.place[dim], box.shape[dim]) + start for start, (_, dim) in zip(box.start, dims, strict=True))
-        yield box.source, Cut(names[place], tuple(positions))
+        yield box.source, Remainder(names[place], tuple(positions))
 
 
-def _together(source: str, parts: Sequence[Cut]) -> Cut:
+def _together(source: str, parts: Sequence[Remainder]) -> Remainder:
     """What stays of a tensor of which parts go to several."""
     left = [part for part in parts if part.name is not None]
     if len(left) < 2:
-        return left[0] if left else Cut(None)
+        return left[0] if left else Remainder(None)
     kept = tuple(np.unique(np.concatenate(own)) for own in zip(*(part.kept for part in left), strict=True))
     if prod(map(len, kept)) != sum(prod(map(len, part.kept)) for part in left):
         why = "it is several tensors of the model, which shrink apart"
         raise ModelLimit(f"{source} cannot be streamed", why=why, fix="compile it in memory")
-    return Cut(left[0].name, kept)
+    return Remainder(left[0].name, kept)

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from graphprune.axes import Axis, Keep
 from graphprune.patterns import unnumbered
 from graphprune.propagate import Axes
-from graphprune.rewrite.attributes import Path, numbers
+from graphprune.rewrite.attributes import Path, whole_numbers
 from graphprune.rewrite.graph import new_literals, spoken
 
 TRIALS = 64
@@ -43,7 +43,7 @@ Kind = tuple[str, Path]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class HeldNumber:
     """A whole number that a module keeps; ``mark`` is the same for two ways to one place (a configuration that modules share).
 
     One that a layer of torch's own or of transformers keeps is ``stock``: printed, or read by others, or by another way to run it.
@@ -63,7 +63,7 @@ class Place:
         return ".".join(map(str, (self.module, *self.path))).lstrip(".")
 
 
-Choice = dict[Place, int]
+Choice = dict[HeldNumber, int]
 """New values of some places."""
 
 
@@ -74,11 +74,11 @@ class Evidence:
     node: fx.Node
     before: int
     after: int
-    rows: tuple[tuple[Place, ...], ...]
+    rows: tuple[tuple[HeldNumber, ...], ...]
     module: str
 
     @property
-    def places(self) -> tuple[Place, ...]:
+    def places(self) -> tuple[HeldNumber, ...]:
         """All of them, the innermost first."""
         return tuple(place for row in self.rows for place in row)
 
@@ -95,7 +95,7 @@ class Outcome:
 def evidence(model: nn.Module, changes: Iterable[tuple[fx.Node, int, int]]) -> list[Evidence]:
     """Where each changed size may have come from: the modules on its stack that keep the old value."""
     kept = cache(lambda name: _kept(model, name))
-    first: dict[int, Place] = {}
+    first: dict[int, HeldNumber] = {}
     found = []
     for node, before, after in changes:
         stack = _stack(node)
@@ -144,7 +144,7 @@ def coincidences(model: nn.Module, axes: Axes) -> set[Kind]:
         (unnumbered(name), path)
         for name, module in model.named_modules()
         if name in sizes
-        for path, value, _ in numbers(module)
+        for path, value, _ in whole_numbers(module)
         if value not in sizes[name]
     }
 
@@ -168,17 +168,17 @@ def _stack(node: fx.Node) -> list[str]:
     return [name for name, _ in reversed((node.meta.get("nn_module_stack") or {}).values())]
 
 
-def _kept(model: nn.Module, name: str) -> dict[int, list[Place]]:
+def _kept(model: nn.Module, name: str) -> dict[int, list[HeldNumber]]:
     """The places of a module by what they hold."""
-    found: dict[int, list[Place]] = defaultdict(list)
+    found: dict[int, list[HeldNumber]] = defaultdict(list)
     try:
         module = model.get_submodule(name)
     except AttributeError:
         return found
     stock = _is_stock(module)
-    for path, value, mark in numbers(module):
+    for path, value, mark in whole_numbers(module):
         if not stock or path[0] not in NO_SIZES:
-            found[value].append(Place(name, path, mark, stock))
+            found[value].append(HeldNumber(name, path, mark, stock))
     return found
 
 
@@ -195,11 +195,11 @@ class Options:
     """For each kind of place, the values that its places may take: what the evidence says first, then what else it says."""
 
     def __init__(self, found: Sequence[Evidence], less: Sequence[Evidence], doubted: Collection[Kind]) -> None:
-        values: dict[Place, dict[int, None]] = defaultdict(dict)
+        values: dict[HeldNumber, dict[int, None]] = defaultdict(dict)
         for item in [*found, *less]:
             for place in item.places:
                 values[place][item.after] = None
-        self.kinds: dict[Kind, list[tuple[Place, tuple[int, ...]]]] = defaultdict(list)
+        self.kinds: dict[Kind, list[tuple[HeldNumber, tuple[int, ...]]]] = defaultdict(list)
         for place, afters in values.items():
             self.kinds[place.kind].append((place, tuple(afters)))
         likely = (place.kind for item in found for row in item.rows[:1] for place in row)

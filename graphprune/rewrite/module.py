@@ -23,9 +23,9 @@ from graphprune.rewrite.attributes import Attributes, attributes_between, is_pla
 from graphprune.rewrite.guess import (
     Choice,
     Evidence,
+    HeldNumber,
     Options,
     Outcome,
-    Place,
     attempted,
     coincidences,
     evidence,
@@ -164,7 +164,7 @@ def _is_transposed(module: nn.Module) -> bool:
 
 def _hidden(model: nn.Module, evidence: Sequence[Evidence], axes: Axes, keep: Keep, failure: Outcome) -> HiddenSize:
     """The line that stands in the way: where two want different values of one attribute, or where the best guess fails."""
-    wanted: dict[Place, Evidence] = {}
+    wanted: dict[HeldNumber, Evidence] = {}
     clash = next((i for i in evidence for place in i.places if wanted.setdefault(place, i).after != i.after), None)
     if clash is not None:
         place = next(place for place in clash.places if wanted[place].after != clash.after)

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from graphprune.errors import ModelLimit
-from graphprune.rewrite.blueprint import Blueprint, Changes, Dim, Path, Sizes, as_text, dims, is_number, leaves, lookup
+from graphprune.rewrite.blueprint import Blueprint, Changes, Dim, Path, Sizes, as_text, dims, is_number, lookup, scalars
 from graphprune.rewrite.record import check_described
 from graphprune.rewrite.shallow import depths, shallower
 
@@ -134,7 +134,7 @@ def _everywhere(two: Sizes, few: Few) -> Sizes:
 
 
 def _numbered(blueprint: Blueprint) -> list[Path]:
-    return [path for path, value in leaves(blueprint.settings()) if is_number(value)]
+    return [path for path, value in scalars(blueprint.settings()) if is_number(value)]
 
 
 def _said_of_all(whole: Blueprint, survey: Probe, few: Few) -> Probe:
@@ -175,7 +175,7 @@ def _twins(sizes: Sizes, stack: str, layers: Mapping[Dim, int | None]) -> dict[D
 @lru_cache(maxsize=16)
 def _survey(cls: Any, config_cls: Any, text: str) -> Probe:
     blueprint = _blueprint(cls, config_cls, text)
-    settings = list(leaves(blueprint.settings()))
+    settings = list(scalars(blueprint.settings()))
     blanks = [path for path, value in settings if value is None] + blueprint.asked
     unset = {path: value for path in blanks if (value := _derived(blueprint, path)) is not None}
     numbers = {path: value for path, value in settings if is_number(value)}

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from graphprune.errors import ModelLimit, UserMistake, nearest
-from graphprune.rewrite.blueprint import Blueprint, Changes, Dim, Sizes, as_text, is_number, items, leaves, lookup
+from graphprune.rewrite.blueprint import Blueprint, Changes, Dim, Sizes, as_text, is_number, items, lookup, scalars
 from graphprune.rewrite.record import check_described
 
 
@@ -42,7 +42,7 @@ def _without_layers(blueprint: Blueprint, stack: str, keep: list[int], like: Pre
 
 def shallower(settings: dict[str, Any], depth: int, keep: list[int]) -> Iterator[Changes]:
     """Changes that may drop layers: a number equal to the depth, the lists beside it by layer, or of layer indices."""
-    for path, value in leaves(settings):
+    for path, value in scalars(settings):
         if value != depth or not is_number(value):
             continue
         beside = lookup(settings, path[:-1])

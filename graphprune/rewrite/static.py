@@ -19,7 +19,7 @@ from graphprune.rewrite.blueprint import build_empty, build_meta, put
 from graphprune.rewrite.config import fit
 from graphprune.rewrite.cut import cut
 from graphprune.rewrite.graph import resized_graph
-from graphprune.rewrite.stock import numbers, same_buffers, saved_shapes, shapes_after
+from graphprune.rewrite.stock import resized_numbers, same_buffers, saved_shapes, shapes_after
 from graphprune.trace import Inputs, Trace, trace
 
 
@@ -49,7 +49,7 @@ def static_config(model: PreTrainedModel, axes: Axes, keep: Keep, inputs: Inputs
         found = trace(_weightless(model, config, dtypes), inputs)
         return same_program(wanted, found) and _same_constants(axes.trace, found)
 
-    return fit(model, shapes, numbers(axes, keep), computes_the_same)
+    return fit(model, shapes, resized_numbers(axes, keep), computes_the_same)
 
 
 def _weightless(model: PreTrainedModel, config: PreTrainedConfig, dtypes: Mapping[str, torch.dtype]) -> nn.Module:

@@ -15,12 +15,12 @@ from graphprune.axes import Factor, Keep
 from graphprune.errors import ModelLimit
 from graphprune.patterns import unnumbered
 from graphprune.propagate import Axes
-from graphprune.rewrite.blueprint import Changes, Sizes, build_empty, leaves
+from graphprune.rewrite.blueprint import Changes, Sizes, build_empty, scalars
 from graphprune.rewrite.config import STEPS, candidates, fit, named, proven, sketched
 from graphprune.rewrite.module import adopt
 from graphprune.rewrite.probe import described
 
-Places = set[tuple[str, int, int]]
+SizedDims = set[tuple[str, int, int]]
 """Dimensions of tensors: a name, which dimension, and its size."""
 
 ROUNDING = 1e-2
@@ -37,7 +37,7 @@ def shapes_after(axes: Axes, keep: Keep) -> dict[str, tuple[int, ...]]:
     }
 
 
-def numbers(axes: Axes, keep: Keep) -> dict[int, list[int]]:
+def resized_numbers(axes: Axes, keep: Keep) -> dict[int, list[int]]:
     """What sizes anywhere in the graph become: hints for config fields that move no shape (a count of heads)."""
     found: dict[int, set[int]] = defaultdict(set)
     for factor, kept in keep.items():
@@ -63,7 +63,7 @@ def stock_config(
         adopt(smaller, built)
         return accept(smaller)
 
-    return fit(model, shapes_after(axes, keep), numbers(axes, keep), takes)
+    return fit(model, shapes_after(axes, keep), resized_numbers(axes, keep), takes)
 
 
 def same_buffers(smaller: nn.Module, built: nn.Module) -> bool:
@@ -82,7 +82,7 @@ def same_buffers(smaller: nn.Module, built: nn.Module) -> bool:
 def expressible(model: PreTrainedModel, axes: Axes, keep: Keep) -> None:
     """Raise ModelLimit, with the reason, when no config field can express these sizes. Runs nothing, needs no weights."""
     with quiet.building():
-        next(candidates(model, shapes_after(axes, keep), numbers(axes, keep)))
+        next(candidates(model, shapes_after(axes, keep), resized_numbers(axes, keep)))
 
 
 def obviously_expressible(model: PreTrainedModel, axes: Axes, tried: Sequence[Sequence[Keep]]) -> list[int] | None:
@@ -98,7 +98,7 @@ def obviously_expressible(model: PreTrainedModel, axes: Axes, tried: Sequence[Se
         whole, few = described(model)
 
         def sketch(keep: Keep) -> Changes | None:
-            return next(sketched(whole, few, shapes_after(axes, keep), numbers(axes, keep)), None) if keep else {}
+            return next(sketched(whole, few, shapes_after(axes, keep), resized_numbers(axes, keep)), None) if keep else {}
 
         for keeps in tried:
             place, found = next(((place, found) for place, found in enumerate(map(sketch, keeps)) if found is not None), (0, None))
@@ -114,15 +114,15 @@ def obviously_expressible(model: PreTrainedModel, axes: Axes, tried: Sequence[Se
 def sketchable(model: PreTrainedModel, axes: Axes, keep: Keep) -> bool:
     """Whether fields that hold the sizes which change express a cut, as far as two layers tell, where those stand for all."""
     with quiet.building(), suppress(ModelLimit):
-        return any(True for _ in sketched(*described(model), shapes_after(axes, keep), numbers(axes, keep)))
+        return any(True for _ in sketched(*described(model), shapes_after(axes, keep), resized_numbers(axes, keep)))
     return False
 
 
-def moved(model: PreTrainedModel, axes: Axes, keep: Keep) -> Iterator[Places]:
+def moved(model: PreTrainedModel, axes: Axes, keep: Keep) -> Iterator[SizedDims]:
     """What each field that holds a size which changes moves, given what that becomes."""
     whole, few = described(model)
     blueprint = few.blueprint if few else whole
-    for path, value in named(blueprint, numbers(axes, keep))[:STEPS]:
+    for path, value in named(blueprint, resized_numbers(axes, keep))[:STEPS]:
         response = blueprint.response({path: value}) or {}
         yield spelled(model, {dim: blueprint.sizes[dim] for dim in response if dim in blueprint.sizes})
 
@@ -130,11 +130,11 @@ def moved(model: PreTrainedModel, axes: Axes, keep: Keep) -> Iterator[Places]:
 def held(model: PreTrainedModel) -> set[int]:
     """The numbers that stand in a model's config, none where it does not describe the model."""
     with quiet.building(), suppress(ModelLimit):
-        return {value for _, value in leaves(described(model)[0].settings()) if isinstance(value, int)}
+        return {value for _, value in scalars(described(model)[0].settings()) if isinstance(value, int)}
     return set()
 
 
-def spelled(model: PreTrainedModel, sizes: Sizes) -> Places:
+def spelled(model: PreTrainedModel, sizes: Sizes) -> SizedDims:
     """Dimensions and their sizes, without the numbers of layers where two layers stand for all."""
     with quiet.building():
         few = described(model)[1]

@@ -24,7 +24,7 @@ import torch
 
 from graphprune.disk import INDEX, NAMES, Checkpoint, Entry, cut_short, write_all
 from graphprune.ranks import leads, told, wait
-from graphprune.rewrite.files import Cut
+from graphprune.rewrite.files import Remainder
 from graphprune.rewrite.folder import complete_or_nothing
 from graphprune.runs import Positions, runs
 
@@ -60,7 +60,7 @@ def shared(out: str | Path) -> Iterator[Path]:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ToWrite:
     """A tensor to be written: where it lies, and the positions that stay of each dimension that shrinks."""
 
     entry: Entry
@@ -72,14 +72,14 @@ class Piece:
         return [len(self.kept[dim]) if dim in self.kept else size for dim, size in enumerate(self.entry.shape)]
 
 
-def write_cut(checkpoint: Checkpoint, cuts: Mapping[str, Cut], folder: Path) -> None:
+def write_cut(checkpoint: Checkpoint, cuts: Mapping[str, Remainder], folder: Path) -> None:
     """Write every shard with its tensors cut, and the index. ``cuts`` has what is not to be as it is, by name."""
-    shards: dict[Path, dict[str, Piece]] = defaultdict(dict)
+    shards: dict[Path, dict[str, ToWrite]] = defaultdict(dict)
     for name, entry in checkpoint.entries.items():
-        cut = cuts.get(name, Cut(name))
+        cut = cuts.get(name, Remainder(name))
         if cut.name is not None:
             less = {dim: kept for dim, kept in enumerate(cut.kept) if len(kept) < entry.shape[dim]}
-            shards[entry.file][cut.name] = Piece(entry, less)
+            shards[entry.file][cut.name] = ToWrite(entry, less)
     with ThreadPoolExecutor(AT_ONCE) as workers:
         total = sum(workers.map(lambda file: _write_shard(shards[file], folder / file.name), shards))
     weight_map = {name: file.name for file, own in shards.items() for name in own}
@@ -88,7 +88,7 @@ def write_cut(checkpoint: Checkpoint, cuts: Mapping[str, Cut], folder: Path) -> 
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_shard(pieces: Mapping[str, Piece], target: Path) -> int:
+def _write_shard(pieces: Mapping[str, ToWrite], target: Path) -> int:
     """One file: the header first, since every size is known before anything is read."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     place = 0

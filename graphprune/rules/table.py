@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from graphprune.calls import operation
-from graphprune.unify import ONE, Expression, Reason, Solver, leaves, length
+from graphprune.unify import ONE, Expression, Reason, Solver, free_variables, length
 
 aten = torch.ops.aten
 
@@ -135,7 +135,7 @@ class Op:
     def still(self, size: int, *axes: Expression) -> Expression:
         """A new axis that cannot shrink because frozen ``axes`` cannot, for their reason."""
         axis = self.solver.fresh(size)
-        reasons = [leaf.pins[0] for other in axes for leaf in leaves(other)]
+        reasons = [leaf.pins[0] for other in axes for leaf in free_variables(other)]
         self.solver.pin(axis, reasons[0] if reasons else Reason("it is one position", self.node))
         return axis
 
@@ -189,7 +189,7 @@ class Op:
 
     def frozen(self, axis: Expression) -> bool:
         """Whether no factor of ``axis`` can shrink."""
-        return all(leaf.pins for leaf in leaves(axis))
+        return all(leaf.pins for leaf in free_variables(axis))
 
     def product(self, *axes: Expression) -> Expression:
         """``axes`` flattened into one, row-major."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphprune.axes import Factor
-from graphprune.difference import difference, leaves
+from graphprune.difference import difference, tensors_in
 from graphprune.execute import execute, tensors_of
 from graphprune.groups import Group, Groups, couple
 from graphprune.propagate import propagate
@@ -60,7 +60,7 @@ def eager_outputs(entry: Entry) -> list[Tensor]:
         raise ValueError(f"outputs of shapes {bad} are not finite")
     if bad := [list(x.shape) for x, y in zip(outputs, again, strict=True) if not torch.equal(x, y)]:
         raise ValueError(f"outputs of shapes {bad} differ from one call to the next")
-    return leaves(first)
+    return tensors_in(first)
 
 
 def pruned(entry: Entry, eager: Sequence[Tensor]) -> Rows:
@@ -70,7 +70,7 @@ def pruned(entry: Entry, eager: Sequence[Tensor]) -> Rows:
     groups = couple(propagate(traced))
     yield {"stage": "check", **measured(groups, entry.model.config)}
     tensors, inputs = tensors_of(entry.model, traced), traced.flatten(entry.inputs)
-    drift = difference(leaves(execute(traced, tensors, inputs)), eager)
+    drift = difference(tensors_in(execute(traced, tensors, inputs)), eager)
     wrong = [f"traced graph drifts by {drift:.1e}"] if drift > FAITHFUL else []
     for name, chosen in cuts(groups).items():
         try:
