@@ -38,10 +38,14 @@ predicted number of parameters. **frozen**: the share of the parameters that lie
 vocabulary; above {limit:.0%} the outcome is *ok, part frozen*, with the reasons below. **hidden only**: the share that only the width of the
 residual stream can shrink. **unused**: the share that the example call does not touch (a decoder's cross attention, an image tower given no
 image). **heads**: of the products between activations that have several heads, those in which heads, KV groups or queries of a group can go.
-**checkpoint**: the model is saved, opened from its directory without inputs, and 30 % of what goes by default goes by magnitude, in memory,
-then with `--stream`. *stock*: `from_pretrained` alone loads the result; *record*: with the code that lies beside it; *no*: refused, with
-the reason. *streamed, too*: the same tensors.
+**checkpoint**: the model is saved, opened from its directory without inputs, and 30 % of what goes by default goes by magnitude, in memory
+(beside the original, then with `inplace=True`), then with `--stream`. *stock*: `from_pretrained` alone loads the result; *record*: with the code
+that lies beside it; *no*: refused, with the reason. *in place*, *streamed, too*: the same tensors; *beside*: a second model is made.
 """
+
+
+WAYS = ("memory", "inplace", "stream")
+"""The ways to prune a checkpoint, in a row."""
 
 
 def outcome(row: Row) -> str:
@@ -102,7 +106,7 @@ def summary_line(family: str, rows: Sequence[Row]) -> str:
 
 def checkpoint(row: Row) -> str:
     """What a compile of the saved model gives, in memory and streamed."""
-    return ", ".join(row[name].replace("|", "or") for name in ("memory", "stream") if name in row)
+    return ", ".join(row[name].replace("|", "or") for name in WAYS if name in row)
 
 
 def checkpoints(families: Sequence[tuple[str, Sequence[Row]]]) -> Iterator[str]:
@@ -119,7 +123,7 @@ def checkpoints(families: Sequence[tuple[str, Sequence[Row]]]) -> Iterator[str]:
 
 def _kind(row: Row) -> str:
     """Without the reasons."""
-    return ", ".join(row[name].split(":")[0] for name in ("memory", "stream") if name in row)
+    return ", ".join(row[name].split(":")[0] for name in WAYS if name in row)
 
 
 def failures(rows: Sequence[Row]) -> Iterator[str]:

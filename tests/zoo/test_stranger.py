@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.zoo.stranger import SAME, as_stranger
+from tests.zoo.stranger import IN_PLACE, SAME, as_stranger
 
 TYPES = (
     "llama", "qwen3", "gemma2", "gemma3", "phi3", "glm4", "mamba2", "falcon_h1", "gpt_neox", "gpt2", "opt", "starcoder2", "olmo2",
@@ -17,4 +17,4 @@ TYPES = (
 @pytest.mark.zoo
 @pytest.mark.parametrize("name", TYPES)
 def test_memory_and_stream_give_the_same_stock_checkpoint(name: str) -> None:
-    assert as_stranger(name, "all") == {"memory": "stock", "stream": SAME}
+    assert as_stranger(name, "all") == {"memory": "stock", "inplace": IN_PLACE, "stream": SAME}
