@@ -30,6 +30,7 @@ from graphprune.plan import Plan
 from graphprune.propagate import Axes, propagate
 from graphprune.rewrite.record import remember
 from graphprune.select import select
+from graphprune.signature import signature_of
 from graphprune.trace import Inputs, Trace, trace
 
 
@@ -229,7 +230,7 @@ def example_for(model: nn.Module, inputs: Inputs | None, calibration: Any) -> Ex
         batches = calibration.inputs if isinstance(calibration, Calibration) else calibration
         if not batches:
             raise UserMistake("the calibration holds no batch")
-        return Example(batches[0])
+        return Example(signature_of(model).taken(batches[0]) if isinstance(batches[0], Mapping) else batches[0])
     if isinstance(model, PreTrainedModel):
         return Example(guess_inputs(model, model.config))
     raise UserMistake(f"{type(model).__name__} needs example inputs", fix="compile(model, example_inputs, …)")

@@ -10,7 +10,7 @@ from math import prod
 from torch import Tensor, fx
 
 from graphprune.axes import Axis, Factor
-from graphprune.calls import operation
+from graphprune.calls import all_arguments, operation
 from graphprune.latency import Latency
 from graphprune.propagate import Axes
 
@@ -22,6 +22,9 @@ Measure = Callable[[Sizes], float]
 
 RELAYING = ("expand", "unsqueeze", "view", "_unsafe_view", "reshape", "clone", "contiguous", "transpose", "permute", "t", "slice")
 """Operations that hand values on: what attends to a repeated key attends to the key."""
+
+
+RECURRENT = tuple(f"{name}{ending}" for name in ("lstm", "gru", "rnn_tanh", "rnn_relu") for ending in ("", "_cell"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +107,20 @@ def operations(axes: Axes) -> Polynomial:
 
 
 def _products(axes: Axes, node: fx.Node, inner: Sequence[Axis]) -> Iterator[tuple[Axis, ...]]:
-    """Multiply-adds of one contraction. Attention is two: queries · keys over the width, then weights · values over positions."""
-    out = tuple(axis for axis in axes.nodes[node] if isinstance(axis, Axis))
-    if "scaled_dot_product" in str(node.target) and len(inner) == 2:
+    """Multiply-adds of one contraction. Attention is two: queries · keys over the width, then weights · values over positions.
+
+    A convolution uses its weight once for each point it gives, transposed for each point it reads; a recurrent layer for each step.
+    """
+    out, given = tuple(axis for axis in axes.nodes[node] if isinstance(axis, Axis)), all_arguments(node)
+    if operation(node).startswith("conv"):
+        source, weight = axes.nodes[given["input"]], axes.nodes[given["weight"]]
+        points = source if "transpose" in operation(node) or given.get("transposed") else out
+        channels = len(source) - len(weight) + 1
+        yield (*points[:channels], *points[channels + 1 :], *weight)
+    elif operation(node) in RECURRENT:
+        weights = [axes.nodes[tensor] for tensor in given.get("params") or (given["w_ih"], given["w_hh"])]
+        yield from ((*axes.nodes[given["input"]][:-1], *weight) for weight in weights if len(weight) == 2)
+    elif "scaled_dot_product" in str(node.target) and len(inner) == 2:
         width, positions = inner
         yield from ((*out[:-1], positions, width), (*out[:-1], positions, out[-1]))
     else:

@@ -31,10 +31,16 @@ Sizes = tuple[sympy.Expr, ...]
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """The ``names`` that positional arguments have, and the ``defaults`` that are numbers, words or None."""
+    """The ``names`` that positional arguments have, the ``defaults`` that are numbers, words or None, and all ``keywords`` that it
+    takes, None where it takes any."""
 
     names: tuple[str, ...]
     defaults: Mapping[str, Any]
+    keywords: frozenset[str] | None = None
+
+    def taken(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a batch what the forward takes: labels beside it are for a loss."""
+        return {name: value for name, value in inputs.items() if self.keywords is None or name in self.keywords}
 
     def slot(self, position: int) -> Slot:
         """What the argument at a position is called."""
@@ -74,8 +80,11 @@ class Signature:
 def signature_of(model: nn.Module) -> Signature:
     """How the forward of a model is called."""
     parameters = signature(model.forward).parameters.values()
+    any_keyword = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters)
+    keywords = {p.name for p in parameters if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)}
     names = tuple(parameter.name for parameter in parameters if parameter.kind in POSITIONAL)
-    return Signature(names, {p.name: p.default for p in parameters if isinstance(p.default, PLAIN)})
+    defaults = {parameter.name: parameter.default for parameter in parameters if isinstance(parameter.default, PLAIN)}
+    return Signature(names, defaults, None if any_keyword else frozenset(keywords))
 
 
 def open_sizes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -80,12 +80,13 @@ class Trace:
         return {tensor.name: tensor for tensor in self.tensors.values() if tensor.kind == "parameter"}
 
     def flatten(self, inputs: Inputs) -> tuple[Any, ...]:
-        """Example-like inputs as the flat values of ``self.inputs``; keywords may come in any order."""
+        """Example-like inputs as the flat values of ``self.inputs``, by position or by name as they come; labels are left out.
+
+        Raises UserMistake on an argument that the trace has not, or that is missing.
+        """
         args, kwargs = as_call(inputs)
-        order = pytree.tree_unflatten(list(self.inputs), self.in_spec)[1]
-        if order.keys() == kwargs.keys():
-            kwargs = {name: kwargs[name] for name in order}
-        flat = pytree.tree_leaves((args, kwargs))
+        positional, keywords = pytree.tree_unflatten(list(self.inputs), self.in_spec)
+        flat = pytree.tree_leaves(self.signature.arranged(args, self.signature.taken(kwargs), len(positional), list(keywords)))
         device = next((value.device for value in self.example if isinstance(value, Tensor)), CPU)
         return tuple(beside(flat, device))
 

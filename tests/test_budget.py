@@ -156,3 +156,56 @@ def test_wide_ffns_keep_multiples_unless_told_otherwise_or_out_of_reach() -> Non
 def test_measures_agree_with_what_they_were() -> None:
     groups = graphprune.couple(graphprune.propagate(graphprune.trace(llama(), {"input_ids": tokens()})))
     assert MEASURES["flops"](groups.axes)({}) == counted_flops(llama())
+
+
+CONVOLUTIONS: dict[str, tuple[nn.Module, torch.Tensor]] = {
+    "strided and grouped": (
+        nn.Sequential(nn.Conv2d(8, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 16, 5, groups=4), nn.ReLU(), nn.Conv2d(16, 4, 1)),
+        torch.randn(2, 8, 16, 16),
+    ),
+    "one dimension": (nn.Sequential(nn.Conv1d(8, 32, 5), nn.ReLU(), nn.Conv1d(32, 4, 5, dilation=2)), torch.randn(2, 8, 20)),
+    "no batch": (nn.Sequential(nn.Conv1d(8, 32, 5), nn.ReLU(), nn.Conv1d(32, 4, 5)), torch.randn(8, 20)),
+    "three dimensions": (nn.Sequential(nn.Conv3d(2, 8, 3), nn.ReLU(), nn.Conv3d(8, 4, 1)), torch.randn(2, 2, 6, 6, 6)),
+    "transposed": (
+        nn.Sequential(nn.ConvTranspose2d(4, 16, 3, 2), nn.ReLU(), nn.ConvTranspose2d(16, 8, 2, groups=2), nn.Conv2d(8, 2, 1)),
+        torch.randn(2, 4, 5, 5),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_flops_of_convolutions_are_those_that_torch_counts(name: str) -> None:
+    model, x = CONVOLUTIONS[name]
+    result = graphprune.compile(model, x, keep=0.5, method="magnitude")
+    for when, made in (("before", model), ("after", result.model)):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            made(x)
+        assert result.plan.cost[when]["flops"] == counter.get_total_flops()
+
+
+class Read(nn.Module):
+    """A recurrent layer or cell, and what reads it."""
+
+    def __init__(self, layer: nn.Module, width: int) -> None:
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(width, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer(x)[0])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (Read(nn.LSTM(8, 16, num_layers=2, batch_first=True), 16), (2, 6, 8)),
+        (Read(nn.GRU(8, 16, bidirectional=True, batch_first=True), 32), (2, 6, 8)),
+        (Read(nn.RNN(8, 16), 16), (6, 2, 8)),
+        (Read(nn.LSTMCell(8, 16), 16), (4, 8)),
+    ],
+    ids=["lstm", "gru", "rnn", "cell"],
+)
+def test_flops_of_recurrent_layers_use_each_weight_once_a_step(model: nn.Module, shape: tuple[int, ...]) -> None:
+    result = graphprune.compile(model, torch.randn(shape), keep=0.6, method="magnitude")
+    for when, made in (("before", model), ("after", result.model)):
+        weights = sum(p.numel() for p in made.parameters() if p.ndim == 2)
+        assert result.plan.cost[when]["flops"] == 2 * weights * shape[0] * (shape[1] if len(shape) == 3 else 1)
