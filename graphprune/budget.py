@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 
 from graphprune.cost import MEASURES
 from graphprune.errors import UserMistake, nearest
@@ -48,7 +49,11 @@ class Budget:
         for name, listed in (("kinds", self.kinds), ("protect", self.protect)):
             if isinstance(listed, str):
                 raise UserMistake(f"{name} is a text, {listed!r}", fix=f"{name}=[{listed!r}]")
-        if not isinstance(self.keep, int | float) or not 0 < self.keep <= 1:
+            if strangers := [entry for entry in listed or () if not isinstance(entry, str)]:
+                raise UserMistake(f"{name} holds a {type(strangers[0]).__name__}", fix="give names")
+        if not isinstance(self.target, Mapping):
+            raise UserMistake(f"target is a {type(self.target).__name__}", fix='target={"parameters": 0.5}')
+        if not isinstance(self.keep, Real) or not 0 < self.keep <= 1:
             raise UserMistake(f"keep must be above 0 and at most 1, not {self.keep}", fix="0.8 keeps 80 %")
         scopes = ("local", "global", "rank")
         for name, value, choices in (("keep_of", self.keep_of, ("groups", "model")), ("scope", self.scope, scopes)):
@@ -59,12 +64,12 @@ class Budget:
             for kind, units in by_kind.items():
                 if kind not in (*KINDS, *WHOLE):
                     raise UserMistake(f"{name}: no kind of group is called {kind!r}", fix=nearest(kind, (*KINDS, *WHOLE)))
-                if units < 1:
+                if not isinstance(units, Integral) or units < 1:
                     raise UserMistake(f"{name} cannot be {units}", fix="give a positive number of units")
         for name, share in self.target.items():
             if name not in MEASURES:
                 raise UserMistake(f"no budget is called {name!r}", fix=nearest(name, MEASURES))
-            if not 0 < share <= 1:
+            if not isinstance(share, Real) or not 0 < share <= 1:
                 raise UserMistake(f"a target of {name} must be above 0 and at most 1, not {share}", fix=f"{name}=0.8 keeps 80 %")
 
     def multiple(self, group: Group) -> int:

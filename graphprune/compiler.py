@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graphprune.budget import Budget
 from graphprune.collecting import settled
+from graphprune.cost import cost
 from graphprune.data import Calibration, batches_of
 from graphprune.default import default_for
-from graphprune.depth import as_groups, rewrite_pieces, select_pieces
-from graphprune.device import drawing, where
+from graphprune.depth import as_groups, remaining, rewrite_pieces, select_pieces
+from graphprune.device import beside, drawing, where
 from graphprune.emission import rewrite
-from graphprune.errors import GraphpruneError, HiddenSize, ModelLimit, UserMistake
+from graphprune.errors import GraphpruneError, HiddenSize, ModelLimit, UserMistake, first_line
 from graphprune.facts import Emission, Example, Notes, Pruned
 from graphprune.gradients import Loss
 from graphprune.groups import Groups, couple
 from graphprune.hidden import visible
 from graphprune.inputs import guess_inputs
+from graphprune.memory import untouched
 from graphprune.narrow import narrow, stock_steps
 from graphprune.pieces import WHOLE, Layers, pieces
 from graphprune.pipeline import Facts, Pass, Progress, find_pass, find_scorer, run
@@ -31,7 +34,7 @@ from graphprune.propagate import Axes, propagate
 from graphprune.rewrite.record import remember
 from graphprune.select import select
 from graphprune.signature import signature_of
-from graphprune.trace import Inputs, Trace, trace
+from graphprune.trace import Inputs, Trace, as_call, trace
 
 
 @dataclass(frozen=True)
@@ -110,12 +113,17 @@ def compile(  # noqa: A001  the product's own verb
     given[Budget] = budget
     scorer = find_scorer(default.method, **seeded(default.method, options or {}, seed))
     stages = whole_pieces(scorer, kinds or ()) if whole else pipeline(scorer)
-    stages = with_extras(stages, [find_pass(extra) for extra in (*default.passes, *passes)])
+    extras = [find_pass(extra) for extra in (*default.passes, *passes)]
+    stages = with_extras(stages, extras)
     asked_for = any(nn.Module in stage.needs.values() for stage in _after(stages))
     given[Emission] = Emission(emit, verify, inplace and not asked_for)
     with settled(), drawing(seed, where(model)):
         facts = _without_hidden(stages, given, progress)
+    if repairs := [stage.name for stage in _after(stages) if stage.makes is Pruned]:
+        _check_repaired(facts[Pruned], facts[Example], repairs)
     pruned: Pruned = remember(facts[Pruned], model)
+    if any(stage.makes is Plan and stage in extras for stage in stages):
+        facts[Plan] = recounted(facts[Groups], facts[Plan])
     facts[Plan] = with_repairs(facts[Plan], stages)
     return Result(pruned.model, facts[Plan], facts[Groups], pruned, tuple(notes), facts)
 
@@ -187,14 +195,40 @@ def _after(stages: Sequence[Pass]) -> Sequence[Pass]:
 
 
 def with_extras(stages: Sequence[Pass], extras: Sequence[Pass]) -> list[Pass]:
-    """Stages with further passes, each behind the stage that makes what it makes; what changes the calibration goes first, what
-    replaces the result last."""
+    """Stages with further passes, each behind the stage that makes what it makes, or before the first that needs it; what changes
+    the calibration goes first. Raises UserMistake on one that makes what nothing needs."""
     placed = list(stages)
     for extra in extras:
-        place = [i for i, stage in enumerate(placed) if stage.makes is extra.makes]
-        otherwise = 0 if extra.makes is Calibration else len(placed)
-        placed.insert(place[-1] + 1 if place else otherwise, extra)
+        made = [i for i, stage in enumerate(placed) if stage.makes is extra.makes]
+        needed = [i for i, stage in enumerate(placed) if extra.makes in stage.needs.values()]
+        if extra.makes is not Calibration and not made and not needed:
+            name = getattr(extra.makes, "__name__", str(extra.makes))
+            raise UserMistake(f"{extra.name}() makes {name}, which nothing here needs", fix="annotate what it makes: -> Scores")
+        placed.insert(0 if extra.makes is Calibration else made[-1] + 1 if made else needed[0], extra)
     return placed
+
+
+def recounted(groups: Groups, plan: Plan) -> Plan:
+    """The plan with what it saves on the model of these groups, where that is counted, not measured."""
+    keep = plan.keep(groups)
+    left = remaining(groups, keep) if isinstance(groups, Layers) else groups.axes
+    sizes = {} if isinstance(groups, Layers) else {factor: len(kept) for factor, kept in keep.items()}
+    found = {"before": cost(groups.axes, {}), "after": cost(left, sizes)}
+    return replace(plan, cost={when: {**plan.cost.get(when, {}), **asdict(counted)} for when, counted in found.items()})
+
+
+def _check_repaired(pruned: Pruned, example: Example, repairs: Sequence[str]) -> None:
+    """Raise ModelLimit where the passes behind the cut left weights that are not finite, or a model that does not run."""
+    by = ", ".join(f"{name}()" for name in repairs)
+    for name, weight in pruned.model.named_parameters():
+        if not weight.isfinite().all():
+            raise ModelLimit(f"{name} is not finite after {by}", fix="leave it out, or mend it")
+    args, kwargs = beside(as_call(example.inputs), where(pruned.model))
+    try:
+        with torch.no_grad(), untouched(pruned.model):
+            pruned.model(*args, **kwargs)
+    except Exception as error:
+        raise ModelLimit(f"the model does not run after {by}", why=f"{type(error).__name__}: {first_line(error)}") from error
 
 
 def traced(model: nn.Module, example: Example, emission: Emission) -> Trace:

@@ -45,7 +45,9 @@ def import_file(script: Path) -> ModuleType:
     """Run a Python file as a module of its own, its neighbours importable. Raises UserMistake."""
     if not script.is_file():
         raise UserMistake(f"no such file: {script}", fix=siblings(script))
-    name = f"graphprune_file_{script.stem}"
+    name, state = f"graphprune_file_{script.stem}", (str(script.resolve()), script.stat().st_mtime_ns)
+    if name in sys.modules and vars(sys.modules[name]).get("__state__") == state:
+        return sys.modules[name]  # what two functions of one file keep in its globals they share
     spec = spec_from_file_location(name, script)
     assert spec is not None
     assert spec.loader is not None
@@ -53,6 +55,7 @@ def import_file(script: Path) -> ModuleType:
     sys.path.insert(0, str(script.parent.resolve()))
     try:
         spec.loader.exec_module(module)
+        vars(module)["__state__"] = state
     except Exception as error:
         raise UserMistake(f"{script} does not import", why=f"{type(error).__name__}: {error}") from error
     finally:

@@ -68,10 +68,20 @@ def see_gradients(
         hooks = [_hand_over(name, parameter, see) for name, parameter in parameters.items()]
         try:
             for inputs in batches:
-                loss(model, beside(dict(inputs), where(model))).backward()  # type: ignore[no-untyped-call]
+                _scalar(loss(model, beside(dict(inputs), where(model)))).backward()  # type: ignore[no-untyped-call]
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _scalar(loss: Any) -> Tensor:
+    """A loss that gradients can be taken of. Raises UserMistake where it is none."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise UserMistake(f"the loss is {what}", fix="give a scalar: the mean over the batch")
+    if not loss.requires_grad:
+        raise UserMistake("the loss does not depend on any weight", why="it is detached, or computed without gradients")
+    return loss
 
 
 def one_by_one(batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -97,6 +107,8 @@ def _only_gradients_of(model: nn.Module, names: Collection[str] | None) -> Itera
     named = dict(model.named_parameters())
     if any(isinstance(parameter, OnDisk) and parameter.device != CPU for parameter in named.values()):
         raise UserMistake("gradients of weights in files are computed on the CPU", fix="leave out --device, or --stream")
+    if torch.is_inference_mode_enabled():
+        raise UserMistake("no gradients are taken in inference mode", fix="call it outside torch.inference_mode()")
     before = {name: (parameter.requires_grad, parameter.grad) for name, parameter in named.items()}
     modes = {module: module.training for module in model.modules()}
     chosen = {name: p for name, p in named.items() if (names is None or name in names) and _is_inexact(p)}

@@ -58,12 +58,13 @@ class Lever:
         return top - steps * self.step
 
     @cached_property
-    def _running(self) -> list[float]:
-        return [0.0, *self.values.cumsum(0).tolist()]
+    def _scores(self) -> list[float]:
+        found: list[float] = self.values.tolist()
+        return found
 
     def value(self, steps: int) -> float:
-        """The summed score of what the step number ``steps`` (from 1) removes."""
-        return self._running[self.size - self.kept(steps)] - self._running[self.size - self.kept(steps - 1)]
+        """The summed score of what the step number ``steps`` (from 1) removes, infinite scores among it or not."""
+        return sum(self._scores[self.size - self.kept(steps - 1) : self.size - self.kept(steps)])
 
 
 def sizes_of(levers: Iterable[Lever], depths: Iterable[int]) -> dict[Factor, int]:

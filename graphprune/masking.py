@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.abreast import Abreast
+from graphprune.errors import ModelLimit, UserMistake
 from graphprune.execute import Walk
 from graphprune.matrices import Product
 from graphprune.meta import source_line
@@ -114,7 +115,22 @@ class Masking:
         if Moments in sums:
             facts[Moments] = Moments(_or_plain(sums[Moments][place] / self.counts[name]))
         made: Sparse = self.step(facts)
+        if not isinstance(made, Sparse) or made.values.shape != values.shape:
+            found = tuple(made.values.shape) if isinstance(made, Sparse) else type(made).__name__
+            raise UserMistake(f"{self.step.name}() gave {found} for {name}", fix=f"Sparse(values) of shape {tuple(values.shape)}")
+        self._check(name, made.values)
         return made.values
+
+    def _check(self, name: str, values: Tensor) -> None:
+        """Raise ModelLimit where what was made is not finite, UserMistake where it has fewer zeros than the pattern asks for."""
+        if not values.isfinite().all():
+            raise ModelLimit(f"{self.step.name}() gave {name} values that are not finite", fix="look whether the weights are")
+        rows = values.reshape(-1, self.pattern.of) if self.pattern.of else values.flatten()[None]
+        short = int(((rows == 0).sum(1) < self.pattern.removed(rows.shape[1])).sum())
+        if short and self.pattern.of:
+            raise UserMistake(
+                f"{self.step.name}() left {name} short of the pattern {self.pattern}", why=f"in {short} of {len(rows)}"
+            )
 
 
 def _parts(product: Product, value: Tensor, stops: Sequence[int] | None) -> list[Tensor]:

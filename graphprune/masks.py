@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from graphprune.copying import duplicate
 from graphprune.data import Calibration
-from graphprune.errors import UserMistake
+from graphprune.errors import UserMistake, nearest
 from graphprune.execute import tensors_of
 from graphprune.exportable import GROUPED
 from graphprune.groups import matches
@@ -60,6 +60,9 @@ def sparsify(
     batches = _batches(model, calibration, example_inputs, needed=bool(statistics_of(step)))
     sparse, say = duplicate(model), progress or _silent
     axes = propagate(trace(sparse, batches[0], experts=GROUPED))
+    names = [name for tensor in axes.trace.tensors.values() for name in tensor.names]
+    if idle := [skipped for skipped in skip if not any(matches(name, skipped) for name in names)]:
+        raise UserMistake(f"nothing is called {idle[0]!r}, which is to be skipped", fix=nearest(idle[0], names))
     chosen, spared = _choose(products(axes, routed=True), axes.trace, ends(axes), skip, shape)
     if not chosen:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(spared.items())[:3])

@@ -9,11 +9,13 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from graphprune.data import Calibration
 from graphprune.disk import hand_back
@@ -23,6 +25,9 @@ from graphprune.score import Scores
 from graphprune.signature import POSITIONAL
 
 LIBRARY = "graphprune.passes"
+FILE = re.compile(r"(.*?)\.py(?![^:])(.*)", re.DOTALL)
+"""A path that ends in .py, and what follows it after a colon."""
+
 Facts = dict[type, Any]
 Progress = Callable[[str], None]
 
@@ -51,6 +56,13 @@ class Pass:
         made: type = get_type_hints(self.function)["return"]
         return made
 
+    @property
+    def untold(self) -> list[str]:
+        """The options that have neither a value nor a default."""
+        options = inspect.signature(self.function).parameters.values()
+        needed = [p.name for p in options if p.kind is inspect.Parameter.KEYWORD_ONLY and p.default is inspect.Parameter.empty]
+        return [name for name in needed if name not in self.options]
+
     def __call__(self, facts: Facts) -> Any:
         return self.function(*(facts[need] for need in self.needs.values()), **self.options)
 
@@ -59,6 +71,8 @@ def check(passes: Sequence[Pass], given: Facts) -> None:
     """Reject an order in which some pass lacks a fact, before anything runs. Raises UserMistake."""
     ready = set(given)
     for place, step in enumerate(passes):
+        if untold := step.untold:
+            raise UserMistake(f"{step.name}() needs its option {untold[0]!r}", fix=f"{step.name}:{untold[0]}=…")
         for need in step.needs.values():
             if need not in ready:
                 maker = next((later.name for later in passes[place + 1 :] if later.makes is need), None)
@@ -110,12 +124,14 @@ def find_pass(spec: str | Callable[..., Any] | Pass, **options: Any) -> Pass:
         return _bound(spec, options)
     if not isinstance(spec, str):
         raise UserMistake(f"a {type(spec).__name__} is no pass", fix="give a name, file.py:function, or a function")
-    name, _, rest = spec.partition(".py") if ".py" in spec else spec.partition(":")
-    if ".py" in spec:
-        function, *settings = [part for part in rest.split(":") if part] or [Path(name).name]
+    in_file = FILE.match(spec)
+    if in_file:
+        name, rest = in_file.groups()
+        function, *settings = [part for part in (rest or "").split(":") if part] or [Path(name).name]
         if "=" in function:
             function, settings = Path(name).name, [function, *settings]
         return _bound(_from_file(Path(f"{name}.py"), function), options | _settings(settings))
+    name, _, rest = spec.partition(":")
     return _bound(_from_library(name), options | _settings(rest.split(":") if rest else []))
 
 
@@ -161,7 +177,15 @@ def _bound(function: Callable[..., Any], options: Mapping[str, Any]) -> Pass:
     for name in options:
         if name not in known:
             raise UserMistake(f"{own} has no option {name!r}", fix=nearest(name, known))
-    return Pass(function, {name: _converted(value, hints.get(name, str), name) for name, value in options.items()})
+    wanted = {option: hints.get(option, str if p.default is None else type(p.default)) for option, p in parameters}
+    return Pass(function, {name: _converted(value, wanted[name], name) for name, value in options.items()})
+
+
+TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+READ: Mapping[Any, Callable[[str], Any]] = {
+    int: int, float: float, bool: lambda text: TRUTHS[text.lower()], NoneType: {"none": None}.__getitem__,
+}  # fmt: skip
+"""How text is read, by the type that an option has."""
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
@@ -175,13 +199,14 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
 
 def _converted(value: Any, wanted: Any, name: str) -> Any:
     """An option given as text, as what the signature says."""
-    if isinstance(wanted, UnionType):
-        wanted = next(part for part in get_args(wanted) if part is not NoneType)
-    if not isinstance(value, str) or wanted is str:
+    kinds = get_args(wanted) if get_origin(wanted) in (UnionType, Union) else (wanted,)
+    if not isinstance(value, str) or str in kinds:
         return value
-    try:
-        if wanted is bool:
-            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[value.lower()]
-        return wanted(value) if wanted in (int, float) else value
-    except (ValueError, KeyError) as error:
-        raise UserMistake(f"option {name} cannot be {value!r}, it is of type {wanted.__name__}") from error
+    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    readings: list[Callable[[str], Any]] = [READ[kind] for kind in kinds if kind in READ]
+    for reading in [*readings, *([{str(choice): choice for choice in choices}.__getitem__] if choices else [])]:
+        with suppress(ValueError, KeyError):
+            return reading(value)
+    expected = ", ".join(map(str, choices)) or " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+    fix = None if readings or choices else "text says numbers, words, yes and no; give it from Python"
+    raise UserMistake(f"option {name} cannot be {value!r}, it is {expected}", fix=fix)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -47,11 +48,17 @@ class Plan:
         """The surviving units by factor, on the groups of the model the plan is applied to. Raises UserMistake on a stranger."""
         self.check(groups)
         found = {group.name: group for group in groups}
+        if twice := [name for name, count in Counter(cut.group for cut in self.cuts).items() if count > 1]:
+            raise UserMistake(f"the plan cuts {twice[0]} twice")
         for cut in self.cuts:
             group = found.get(cut.group)
             if group is None or group.size != cut.size:
                 what = "there is no such group" if group is None else f"it has {group.size} units, {cut.size} in the plan"
                 raise UserMistake(f"the plan does not fit {cut.group}", why=what, fix="apply it to the model it was made for")
+            if cut.kind != group.kind:
+                raise UserMistake(f"the plan does not fit {cut.group}", why=f"it is of kind {group.kind}, {cut.kind} in the plan")
+            if cut.kept and len(cut.kept) < group.least:
+                raise UserMistake(f"{cut.group} cannot keep {len(cut.kept)} units", why=f"the model needs {group.least} of them")
             if not cut.kept or list(cut.kept) != sorted(set(cut.kept)) or not 0 <= cut.kept[0] <= cut.kept[-1] < cut.size:
                 raise UserMistake(f"the plan keeps no units 0 to {cut.size - 1} of {cut.group} in order", why=_ranges(cut.kept))
         return {found[cut.group].factor: cut.kept for cut in self.cuts}
@@ -108,5 +115,10 @@ def _ranges(units: Sequence[int]) -> str:
 
 
 def _units(text: str) -> tuple[int, ...]:
-    bounds = [part.split("-") for part in text.split(",")]
-    return tuple(unit for bound in bounds for unit in range(int(bound[0]), int(bound[-1]) + 1))
+    found: list[int] = []
+    for part in text.split(","):
+        first, *last = map(int, part.split("-"))
+        if len(last) > 1 or last < [first] * len(last):
+            raise ValueError(f"no range of units: {part!r}")
+        found += range(first, (last or [first])[0] + 1)
+    return tuple(found)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
 from typing import Any
 
 from torch import nn
 
-from graphprune.compiler import Result, example_for, traced
-from graphprune.cost import cost
+from graphprune.compiler import Result, example_for, recounted, traced
 from graphprune.data import Calibration
-from graphprune.depth import as_groups, remaining, rewrite_pieces
+from graphprune.depth import as_groups, rewrite_pieces
 from graphprune.emission import rewrite
 from graphprune.facts import Emission, Example, Pruned
 from graphprune.groups import Groups, couple
@@ -46,16 +44,7 @@ def replay(
     stages = [Pass(whole), Pass(as_groups), Pass(rewrite_pieces)] if removes_pieces else [Pass(couple), Pass(rewrite)]
     facts: dict[Any, Any] = run([Pass(traced), Pass(propagate), *stages], given)
     pruned: Pruned = remember(facts[Pruned], model)
-    plan = replace(plan, cost=_cost(facts[Groups], plan))
+    plan = recounted(facts[Groups], plan)
     repairs = plan.options.get("passes", ())
     notes = (f"the plan was made with {', '.join(repairs)}: what they did to weights is no part of it",) if repairs else ()
     return Result(pruned.model, plan, facts[Groups], pruned, notes, facts)
-
-
-def _cost(groups: Groups, plan: Plan) -> dict[str, dict[str, float]]:
-    """What the plan says, with what it saves on this model where that is counted, not measured."""
-    keep = plan.keep(groups)
-    left = remaining(groups, keep) if isinstance(groups, Layers) else groups.axes
-    sizes = {} if isinstance(groups, Layers) else {factor: len(kept) for factor, kept in keep.items()}
-    found = {"before": cost(groups.axes, {}), "after": cost(left, sizes)}
-    return {when: {**plan.cost.get(when, {}), **asdict(counted)} for when, counted in found.items()}

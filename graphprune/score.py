@@ -113,6 +113,10 @@ def _row_by_row(tensors: Sequence[Tensor], totals: dict[int, Tensor], each: Each
 
 def gather_units(profile: Tensor, axis: Axis, factor: Factor) -> Tensor:
     """Sum a vector over an axis into the units of one of its factors: (axis size,) → (units,)."""
+    if len(profile) != axis.size:
+        raise UserMistake(f"a profile of {len(profile)} numbers for an axis of {axis.size}")
+    if factor not in axis.factors:
+        raise UserMistake("this axis has no such factor", why=f"it is {axis}", fix="that of a group's member on this dimension")
     if axis.segments == ((factor,),):
         return profile.double()
     total = profile.new_zeros(factor.size, dtype=torch.float64)
@@ -174,7 +178,8 @@ def score(
 
     Every tensor is asked for once. ``each`` is applied to what the criterion gives, block by block, of weights in files in several
     threads: a function of the weight alone needs no second tensor of its size. ``after`` is applied to each member's unit sums
-    before they are aggregated: ``torch.abs`` there makes a criterion vector-wise. Members without saliency (buffers) do not count.
+    before they are aggregated: ``torch.abs`` there makes a criterion vector-wise. Members without saliency (buffers) do not count,
+    and a group that has no other is the last to go.
     """
     wanted: dict[str, dict[int, None]] = defaultdict(dict)
     for group in groups:
@@ -196,7 +201,7 @@ def score(
             if member.name in sums:
                 units = gather_units(sums[member.name][member.dim], axes[member.name][member.dim], group.factor)
                 members.append(units if after is None else after(units))
-        found[group.name] = combine(members, how) if members else torch.zeros(group.size, dtype=torch.float64)
+        found[group.name] = combine(members, how) if members else torch.full((group.size,), float("inf"), dtype=torch.float64)
     return Scores(found, method)
 
 

@@ -17,6 +17,7 @@ from graphprune.compiler import Result
 from graphprune.cost import parameters
 from graphprune.errors import UserMistake
 from graphprune.groups import Group
+from graphprune.pieces import WHOLE
 from graphprune.plan import Plan
 from graphprune.rewrite.cut import cut
 
@@ -44,6 +45,7 @@ class Penalty(TrainerCallback):
         device = next(iter(owned.values())).device
         self.groups = tuple(groups)
         self.strengths = {group.name: torch.full((group.size,), strength, device=device) for group in self.groups}
+        self._model, self._owned = model, owned
         self.members: dict[str, list[tuple[nn.Parameter, int, list[Tensor]]]] = {
             group.name: [
                 (owned[m.name], m.dim, [torch.tensor(c, device=device) for c in axes[m.name][m.dim].units(group.factor)])
@@ -58,6 +60,9 @@ class Penalty(TrainerCallback):
         return {group.name: _norm(self._squares(group)) for group in self.groups if self.members[group.name]}
 
     def __call__(self) -> Tensor:
+        held = dict(self._model.named_parameters(remove_duplicate=False))
+        if any(held.get(name) is not parameter for name, parameter in self._owned.items()):
+            raise UserMistake("the penalty is on weights that the model no longer has", why="it was cut since", fix="make it anew")
         if self.squared:
             terms = [0.5 * (self.strengths[g.name] * self._squares(g)).sum() for g in self.groups if self.members[g.name]]
         else:
@@ -187,6 +192,13 @@ class Successive:
     """A model pruned again and again towards shares of its first size; ``plan`` always refers to the model it began with."""
 
     def __init__(self, example_inputs: Any = None, **options: Any) -> None:
+        if options.get("target"):
+            raise UserMistake(
+                "rounds go towards a share of the parameters", why="target= has no schedule", fix="keep=, then one compile"
+            )
+        if options.get("emit", "module") != "module" or not set(WHOLE).isdisjoint(options.get("kinds") or ()):
+            why = "no plan for the original says what rounds of graphs, or of layers and branches, did"
+            raise UserMistake("rounds are of widths, and of modules", why=why, fix="a compile of its own for those")
         self.example_inputs, self.options = example_inputs, options
         self.first: Result | None = None
         self.last: Result | None = None

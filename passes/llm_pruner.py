@@ -24,9 +24,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from graphprune import Calibration, Groups, Scores, combine, gather_units, see_gradients
+from graphprune.device import where
 from graphprune.errors import UserMistake, nearest
 from graphprune.gradients import one_by_one
 from graphprune.ranks import dealt, summed
@@ -70,7 +72,9 @@ def llm_pruner(
     for group in groups:
         rows = []
         for member in (member for member in group.members if member.name in weights):
-            one, axis = sums[member.name, member.dim], groups.axes.tensors[member.name][member.dim]
+            axis = groups.axes.tensors[member.name][member.dim]
+            none = torch.zeros(axis.size, dtype=torch.float64, device=where(model))  # what no gradient reaches
+            one = sums.get((member.name, member.dim), none)
             whole = vectors == "unit" or member.dim < 0
             rows.append(gather_units(one, axis, group.factor).abs() if whole else gather_units(one.abs(), axis, group.factor))
         found[group.name] = combine(rows, aggregate)
@@ -103,7 +107,7 @@ def _of_means(model: nn.Module, samples: Calibration, spots: Mapping[str, set[in
     mean, square = summed(mean, model), summed(square, model)
     weights: dict[str, nn.Parameter] = dict(model.named_parameters())
     sums: dict[Spot, Tensor] = {}
-    for name, dims in spots.items():
+    for name, dims in ((name, dims) for name, dims in spots.items() if name in mean):
         terms = (weights[name], mean.pop(name), *([square.pop(name)] if mixed else []))
         sums |= {(name, dim): total for dim, total in profiles(terms, dims, _saliency).items()}
     return sums

@@ -12,6 +12,7 @@ apart from ``taylor``. Holds one float32 gradient a parameter.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from graphprune import Calibration, Groups, Scores, score, see_gradients
@@ -31,6 +32,9 @@ def snip(model: nn.Module, groups: Groups, calibration: Calibration, *, aggregat
     weights = dict(model.named_parameters(remove_duplicate=False))
 
     def saliency(name: str) -> Tensor | None:
-        return change(precise(weights[name].detach()), gradients[name]).abs() if name in gradients else None
+        if name not in weights:
+            return None
+        whole = precise(weights[name].detach())
+        return change(whole, gradients[name]).abs() if name in gradients else torch.zeros_like(whole.real)  # no gradient reaches it
 
     return score(groups, groups.axes.tensors, saliency, method=f"snip {aggregate}", how=aggregate)

@@ -19,7 +19,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from graphprune import Calibration, Groups, Scores, combine, gather_units, see_gradients
+from graphprune import Calibration, Group, Groups, Scores, combine, gather_units, see_gradients
+from graphprune.device import where
 from graphprune.ranks import dealt, summed
 from graphprune.score import change, profiles
 
@@ -40,5 +41,10 @@ def taylor(model: nn.Module, groups: Groups, calibration: Calibration, *, aggreg
 
     see_gradients(model, dealt(calibration.inputs, model), see, names=spots, loss=calibration.loss)
     totals = summed(totals, model)
-    rows = {group.name: [totals[key] for key in sorted(totals) if key[0] == group.name] for group in groups}
-    return Scores({name: combine(members, aggregate) for name, members in rows.items()}, f"taylor {aggregate}")
+    weights = dict(model.named_parameters(remove_duplicate=False))
+
+    def rows(group: Group) -> list[Tensor]:  # what no gradient reaches does not change the loss
+        none = torch.zeros(group.size, dtype=torch.float64, device=where(model))
+        return [totals.get((group.name, place), none) for place, member in enumerate(group.members) if member.name in weights]
+
+    return Scores({group.name: combine(rows(group), aggregate) for group in groups}, f"taylor {aggregate}")

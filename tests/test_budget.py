@@ -194,6 +194,7 @@ class Read(nn.Module):
         return self.head(self.layer(x)[0])  # type: ignore[no-any-return]
 
 
+@pytest.mark.filterwarnings("ignore:The tensor attributes")
 @pytest.mark.parametrize(
     ("model", "shape"),
     [
