@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from graphprune.data import Calibration, batches_of
 from graphprune.default import default_for
 from graphprune.depth import as_groups, remaining, rewrite_pieces, select_pieces
 from graphprune.device import beside, drawing, where
+from graphprune.disk import given_back
 from graphprune.emission import rewrite
 from graphprune.errors import GraphpruneError, HiddenSize, ModelLimit, UserMistake, first_line
 from graphprune.facts import Emission, Example, Notes, Pruned
@@ -32,9 +34,13 @@ from graphprune.pipeline import Facts, Pass, Progress, find_pass, find_scorer, r
 from graphprune.plan import Plan
 from graphprune.propagate import Axes, propagate
 from graphprune.rewrite.record import remember
+from graphprune.score import BLOCK
 from graphprune.select import select
 from graphprune.signature import signature_of
 from graphprune.trace import Inputs, Trace, as_call, trace
+
+HOLES = BLOCK // 2
+"""Bytes that what is computed of a block of weights reaches: in place it goes back to the system at once, at the price of time."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,7 @@ def compile(  # noqa: A001  the product's own verb
     given[Notes] = Notes(notes)
     given[Budget] = budget
     scorer = find_scorer(default.method, **seeded(default.method, options or {}, seed))
+    scorer = replace(scorer, function=_without_holes(scorer.function)) if inplace else scorer
     stages = whole_pieces(scorer, kinds or ()) if whole else pipeline(scorer)
     extras = [find_pass(extra) for extra in (*default.passes, *passes)]
     stages = with_extras(stages, extras)
@@ -163,6 +170,17 @@ def _without_hidden(stages: Sequence[Pass], given: Facts, progress: Progress | N
             raise ModelLimit(other.what, at=other.at, why=reason, fix=other.fix) from other
         notes.lines.extend([note] if hidden else [])
         return facts
+
+
+def _without_holes(score: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, which leaves no holes in the heap."""
+
+    @wraps(score)
+    def scored(*facts: Any, **options: Any) -> Any:
+        with given_back(HOLES):
+            return score(*facts, **options)
+
+    return scored
 
 
 def pipeline(scorer: Pass) -> list[Pass]:

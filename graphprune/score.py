@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from graphprune.axes import Axis, Factor, UnitAxis
-from graphprune.disk import OnDisk, given_back, rows, threads
+from graphprune.disk import OnDisk, rows, threads
 from graphprune.errors import UserMistake, nearest
 from graphprune.groups import Group, Groups
 from graphprune.precise import precise
@@ -208,7 +208,7 @@ def score(
 def _sums_of(wanted: Mapping[str, Iterable[int]], criterion: Criterion, each: Each) -> dict[str, dict[int, Tensor]]:
     """The profiles of every tensor that has a saliency; what lies in files is read by several threads."""
     found: dict[str, dict[int, Tensor]] = {}
-    with threads() as readers, given_back(BLOCK // 2):
+    with threads() as readers:
         read = {}
         for name, dims in wanted.items():
             saliency = criterion(name)
