@@ -102,7 +102,7 @@ def compile(  # noqa: A001  the product's own verb
     the model's own. ``alike`` (default for transformers models) makes equal layers shrink alike, which a
     stock config needs. Budget parameters are those of ``Budget``. ``inplace`` spares the memory of a second model: once
     all is checked a transformers model that a stock config will describe becomes the smaller one itself, and is the result's
-    ``model``; any other, or one that a pass asks for after the cut, is left as it is. Raises ModelLimit when the model stands in
+    ``model``; any other, or where a pass comes after the cut, is left as it is. Raises ModelLimit when the model stands in
     the way, UserMistake on bad arguments; nothing is changed then.
     """
     model = prunable(model)
@@ -122,8 +122,7 @@ def compile(  # noqa: A001  the product's own verb
     stages = whole_pieces(scorer, kinds or ()) if whole else pipeline(scorer)
     extras = [find_pass(extra) for extra in (*default.passes, *passes)]
     stages = with_extras(stages, extras)
-    asked_for = any(nn.Module in stage.needs.values() for stage in _after(stages))
-    given[Emission] = Emission(emit, verify, inplace and not asked_for)
+    given[Emission] = Emission(emit, verify, inplace and not _after(stages))
     with settled(), drawing(seed, where(model)):
         facts = _without_hidden(stages, given, progress)
     if repairs := [stage.name for stage in _after(stages) if stage.makes is Pruned]:

@@ -199,7 +199,7 @@ def _tell(function: str, *arguments: int) -> None:
 
 def shards(folder: Path) -> list[str]:
     """The names of a checkpoint's files. Raises UserMistake where there are none, or its index is damaged."""
-    if (folder / INDEX).is_file():
+    if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():  # transformers reads the one file where there are both
         try:
             return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:

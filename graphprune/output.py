@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,8 @@ from graphprune.ranks import leads
 from graphprune.rewrite.checkpoint import load, save_plain
 from graphprune.rewrite.folder import complete_or_nothing
 from graphprune.rewrite.graph import PrunedGraph
-from graphprune.rewrite.record import make_record, save_transformers
+from graphprune.rewrite.record import make_record, read_model, save_transformers
+from graphprune.rewrite.stream import copy_rest
 from graphprune.source import TOKENIZER_FILES, Source
 from graphprune.trace import as_call
 from graphprune.verify import SEED, Reference, close
@@ -42,6 +46,8 @@ def save(result: Result, out: str | Path, source: Source | None = None) -> Path:
         result.plan.save(folder / PLAN)
         if source is not None and source.path is not None:
             _copy_tokenizer(source, folder)
+            if source.path.is_dir() and isinstance(result.model, PreTrainedModel):
+                copy_rest(source.path, folder)
         if result.facts.get(Example) is not None and not isinstance(result.model, PrunedGraph):
             _check_reload(result, folder)
     return Path(out)
@@ -56,6 +62,8 @@ def save_model(model: nn.Module, out: str | Path, source: Source) -> Path:
     with complete_or_nothing(out) as folder, quiet.loading():
         save_transformers(model, folder)
         _copy_tokenizer(source, folder)
+        if source.path is not None and source.path.is_dir():
+            copy_rest(source.path, folder)
     return Path(out)
 
 
@@ -72,19 +80,41 @@ def _write(result: Result, folder: Path) -> None:
 
 
 def _save_program(model: PrunedGraph, example: Example, folder: Path) -> None:
-    """An exported program; sizes that the trace left open stay open where inputs go by position and the model allows it.
+    """An exported program; sizes that the trace left open stay open where the model allows it.
 
     For ONNX, hand a smaller model, module or graph, to torch's own exporter: ``torch.onnx.export(model, args, dynamo=True)``.
     """
     args, kwargs = beside(as_call(example.inputs), where(model))
     by_position, by_name = model.admission.open_sizes()
-    sizes = {name: value for name, value in (("args", by_position), ("kwargs", by_name)) if value}
-    with exportable(model, experts=None):
+    sizes: dict[str, Any] = {"args": by_position} if by_position else {}
+    names: list[Any] = []
+    if by_name:  # of keywords torch hears of sizes by the names in a signature alone
+        names = [*map(model.trace.signature.slot, range(len(by_position))), *by_name]
+        sizes = dict(zip(names, [*by_position, *by_name.values()], strict=True))
+    with exportable(model, experts=None), _called_by(model, names):
         try:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=sizes, strict=False)
         except Exception:  # noqa: BLE001  whatever stands against open sizes, fixed ones are the answer
             program = torch.export.export(model, args, kwargs, strict=False)
     torch.export.save(program, folder / PROGRAM)
+
+
+@contextmanager
+def _called_by(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Meanwhile, a forward of any arguments has a signature of these names, if there are any."""
+    whole = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return whole(*args, **kwargs)
+
+    if names:
+        parameters = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+        forward.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        model.forward = forward
+    try:
+        yield
+    finally:
+        vars(model).pop("forward", None)
 
 
 def _copy_tokenizer(source: Source, folder: Path) -> None:
@@ -99,6 +129,14 @@ def _copy_tokenizer(source: Source, folder: Path) -> None:
                 shutil.copyfile(file, folder / file.name)
 
 
+def _reloaded(model: PreTrainedModel, folder: Path) -> Any:
+    """As anyone loads it; a class of the user's own by that class."""
+    if type(model).__module__.partition(".")[0] == "transformers":
+        return load(folder)
+    config = type(model.config).from_pretrained(folder)
+    return read_model(type(model), folder, config)
+
+
 def _check_reload(result: Result, folder: Path) -> None:
     """What a stranger will load must compute what was verified in memory."""
     if not isinstance(result.model, PreTrainedModel):
@@ -106,7 +144,7 @@ def _check_reload(result: Result, folder: Path) -> None:
     args, kwargs = beside(as_call(result.facts[Example].inputs), where(result.model))
     with torch.no_grad(), exportable(result.model, experts=None), drawing(SEED, where(result.model)):
         expected = tensors_in(result.model(*args, **kwargs))
-    loaded: Any = load(folder).to(where(result.model), result.model.dtype).eval()
+    loaded: Any = _reloaded(result.model, folder).to(where(result.model), result.model.dtype).eval()
     if not close(loaded, result.facts[Example].inputs, Reference(lambda: expected)):
         raise ModelLimit(
             "the saved checkpoint does not compute what the pruned model does",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from graphprune.axes import Keep
 from graphprune.budget import Budget
@@ -96,6 +98,8 @@ def compile_streamed(
     if source.path is None or not source.path.is_dir() or not isinstance(source.model, PreTrainedModel):
         raise UserMistake(f"{checkpoint} is no checkpoint directory", fix="give the directory that save_pretrained wrote")
     prunable(source.model)
+    if (source.path / "adapter_config.json").is_file():
+        raise UserMistake(f"{checkpoint} holds an adapter beside its weights", fix="merge it first: merge_and_unload()")
     if not set(WHOLE).isdisjoint(kinds or ()):
         raise UserMistake("whole pieces are removed in memory", fix="leave out --stream")
     check_described(source.model.config)
@@ -145,6 +149,10 @@ def write(model: nn.Module, groups: Groups, plan: Plan, example: Example, files:
     if leads():
         copy_rest(files.checkpoint.folder, files.folder)
         config.save_pretrained(files.folder)
+        if model.can_generate() and not (files.folder / GENERATION_CONFIG_NAME).exists():  # an old config says it by itself
+            said = json.loads((files.checkpoint.folder / CONFIG_NAME).read_text())
+            known = vars(GenerationConfig.from_dict({})).keys() & said.keys() - {"transformers_version"}
+            GenerationConfig.from_dict({name: said[name] for name in known}).save_pretrained(files.folder)
         plan.save(files.folder / PLAN)
         write_cut(files.checkpoint, cuts(files.places, by_name(axes), keep), files.folder)
     wait()

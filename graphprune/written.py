@@ -55,6 +55,8 @@ def decode(model: nn.Module, prompt: Tensor, choose: Callable[[Tensor], Tensor],
 def logits_of(output: Any) -> Tensor:
     """What a language model predicts, (rows, tokens, vocabulary): ``logits`` by name, the first of several, or the only output."""
     if isinstance(output, Mapping):
+        if "last_hidden_state" in output and "logits" not in output:
+            raise ModelLimit("not a language model: it gives hidden states and no logits")
         output = output.get("logits", next(iter(output.values()), None))
     found = getattr(output, "logits", output)
     found = found[0] if isinstance(found, tuple | list) and found else found

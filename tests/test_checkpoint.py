@@ -20,6 +20,7 @@ from graphprune.errors import ModelLimit, UserMistake
 from graphprune.output import save_model
 from graphprune.plan import PLAN
 from graphprune.rewrite import module, record
+from graphprune.rewrite.folder import check_free
 from tests.models import Residual, bert, gpt2, llama, residual, sharpened, tokens
 
 STRANGER = """
@@ -286,3 +287,50 @@ def test_a_model_whose_layers_differ_saves_itself_whole(tmp_path: Path) -> None:
     again = graphprune.compile(copies["loaded"], ids, keep=0.8, method="random")
     again.model.save_pretrained(tmp_path / "again")
     torch.testing.assert_close(graphprune.load(tmp_path / "again")(**ids).logits, again.model(**ids).logits)
+
+
+def test_a_program_of_keywords_takes_other_sizes(tmp_path: Path) -> None:
+    result = graphprune.compile(llama(), {"input_ids": tokens()}, method="magnitude", emit="graph")
+    graphprune.save(result, tmp_path / "out")
+    program = torch.export.load(tmp_path / "out" / "model.pt2").module()
+    for shape in ((5, 7), (2, 29)):
+        ids = torch.randint(0, 101, shape)
+        with torch.no_grad():
+            torch.testing.assert_close(program(input_ids=ids).logits, result.model(input_ids=ids).logits)
+    assert "forward" not in vars(result.model)
+
+
+class OwnConfig(transformers.PretrainedConfig):
+    model_type = "own_of_a_test"
+
+    def __init__(self, hidden: int = 16, wide: int = 32, **others: Any) -> None:
+        self.hidden, self.wide = hidden, wide
+        super().__init__(**others)
+
+
+class Own(transformers.PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config: OwnConfig) -> None:
+        super().__init__(config)
+        self.up, self.down = nn.Linear(config.hidden, config.wide), nn.Linear(config.wide, config.hidden)
+        self.post_init()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x).relu())  # type: ignore[no-any-return]
+
+
+def test_a_class_of_ones_own_is_saved_and_loaded_by_that_class(tmp_path: Path) -> None:
+    result = graphprune.compile(Own(OwnConfig()), {"x": torch.randn(3, 16)}, method="magnitude", keep=0.5)
+    graphprune.save(result, tmp_path / "out")
+    assert Own.from_pretrained(tmp_path / "out").up.weight.shape == result.model.up.weight.shape == (16, 16)
+
+
+@pytest.mark.parametrize("out", [".", "link"])
+def test_an_output_that_cannot_appear_at_once_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    monkeypatch.chdir(tmp_path / "empty" if out == "." else tmp_path)
+    with pytest.raises(UserMistake, match="cannot be the output"):
+        check_free(out)

@@ -142,6 +142,17 @@ def test_what_cannot_be_in_place_is_beside_it(settings: dict[str, Any]) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_pass_that_fails_after_the_cut_leaves_the_model_as_it_was() -> None:
+    def fails(pruned: graphprune.Pruned) -> graphprune.Pruned:
+        raise ArithmeticError
+
+    model = llama()
+    shapes = [parameter.shape for parameter in model.parameters()]
+    with pytest.raises(ArithmeticError):
+        compile(model, keep=0.6, method="magnitude", passes=[fails], inplace=True)
+    assert [parameter.shape for parameter in model.parameters()] == shapes
+
+
 def test_a_wrong_rule_is_caught_before_anything_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -21,12 +21,12 @@ import graphprune
 from graphprune import abreast, disk
 from graphprune.cli import main
 from graphprune.disk import Checkpoint, OnDisk, put
-from graphprune.errors import GraphpruneError
+from graphprune.errors import GraphpruneError, UserMistake
 from graphprune.parts import Assembled, layout
 from graphprune.rewrite import stream
 from graphprune.rewrite.folder import complete_or_nothing
 from graphprune.streamed import compile_streamed
-from tests.models import VOCABULARY, sharpened
+from tests.models import VOCABULARY, llama, sharpened
 from tests.zoo.entries import build
 
 
@@ -450,3 +450,32 @@ def test_what_lies_in_files_is_read_by_threads_that_compute_alone(count: int, mo
             assert torch.get_num_threads() == fresh.submit(torch.get_num_threads).result() == count
     finally:
         torch.set_num_threads(before)
+
+
+def test_what_stands_beside_the_weights_goes_along_either_way(tmp_path: Path) -> None:
+    """Settings for generation that an old config says by itself, a processor, further chat templates; of two kinds of weights those
+    that transformers reads."""
+    source = tmp_path / "model"
+    llama().save_pretrained(source)
+    (source / "generation_config.json").unlink()
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "num_beams": 4, "min_length": 12, "max_length": 30}))
+    (source / "preprocessor_config.json").write_text("{}")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("x")
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "gone.safetensors"}}))
+    compile_streamed(source, tmp_path / "streamed")
+    opened = graphprune.open_source(source)
+    graphprune.save(graphprune.compile(opened.model, method="magnitude"), tmp_path / "whole", opened)
+    for name in ("streamed", "whole"):
+        beside = {str(file.relative_to(tmp_path / name)) for file in (tmp_path / name).rglob("*")}
+        assert beside >= {"preprocessor_config.json", "additional_chat_templates/tools.jinja"}
+        loaded = transformers.GenerationConfig.from_pretrained(tmp_path / name)
+        assert (loaded.num_beams, loaded.min_length, loaded.max_length) == (4, 12, 30)
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserMistake, match="an adapter beside its weights"):
+        compile_streamed(tmp_path / "model", tmp_path / "out")

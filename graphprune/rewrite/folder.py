@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from uuid import uuid4
 
@@ -16,6 +17,8 @@ from graphprune.errors import ModelLimit, UserMistake
 def check_free(out: str | Path) -> Path:
     """``out`` as a path that may be written. Raises UserMistake where something is there already."""
     path = Path(out)
+    if path.name in ("", "..") or path.is_symlink():
+        raise UserMistake(f"{out!s} cannot be the output", why="it is to appear when it is complete", fix="give a new name")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserMistake(f"{path} exists and is not empty", fix="choose another directory, or remove it")
     home = next(parent for parent in path.absolute().parents if parent.exists())
@@ -29,7 +32,7 @@ def complete_or_nothing(out: str | Path) -> Iterator[Path]:
     """A directory to fill. It takes the name ``out`` when the block ends well and vanishes when it does not; what a killed run
     left is removed first."""
     path = check_free(out)
-    for left in path.parent.glob(f".{path.name}.*.part"):
+    for left in path.parent.glob(f".{escape(path.name)}.*.part"):
         _remove_if_dead(left)
     part = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
     try:

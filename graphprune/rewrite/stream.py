@@ -12,7 +12,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from errno import EINVAL, ENODEV, ENOSYS, EOPNOTSUPP, EPERM, EXDEV
 from io import FileIO
@@ -23,9 +23,11 @@ import numpy as np
 import torch
 
 from graphprune.disk import INDEX, NAMES, Checkpoint, Entry, cut_short, write_all
+from graphprune.plan import PLAN
 from graphprune.ranks import leads, told, wait
 from graphprune.rewrite.files import Remainder
 from graphprune.rewrite.folder import complete_or_nothing
+from graphprune.rewrite.record import MODELLING, RECORD
 from graphprune.runs import Positions, runs
 
 BLOCK = 1 << 20
@@ -45,6 +47,10 @@ WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 REPLACED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 """Files that are not copied: weights in any form, and their index."""
+
+
+OWN = ("config.json", PLAN, RECORD, f"{MODELLING}.py")
+"""What a compile writes itself."""
 
 
 @contextmanager
@@ -182,7 +188,19 @@ def _cut_blocks(entry: Entry, kept: Mapping[int, Positions]) -> Iterator[memoryv
 
 
 def copy_rest(source: Path, folder: Path) -> None:
-    """Tokenizer, generation settings, licence and the like: everything that holds no weights and no config."""
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.endswith(REPLACED) and file.name != "config.json" and not file.name.startswith("."):
-            shutil.copyfile(file, folder / file.name)
+    """Tokenizer, processor, generation settings, licence and the like: everything that holds no weights and no config, and is not
+    there yet; of directories those that transformers and sentence-transformers keep such things in."""
+    for home in [source, *(source / name for name in _settings_in(source) if (source / name).is_dir())]:
+        for file in sorted(home.iterdir()):
+            target, is_config = folder / file.relative_to(source), home == source and file.name in OWN
+            if file.is_file() and not (file.name.endswith(REPLACED) or is_config or file.name.startswith(".") or target.exists()):
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)
+
+
+def _settings_in(source: Path) -> list[str]:
+    """Directories of a checkpoint that hold settings: chat templates, and the modules that sentence-transformers lists."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        listed = [str(module["path"]) for module in json.loads((source / "modules.json").read_text())]
+        return ["additional_chat_templates", *(path for path in listed if path and Path(path).name == path)]
+    return ["additional_chat_templates"]
