@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from torch import nn
 from transformers import PreTrainedModel
 
 from graphprune.bench import disk_bytes
@@ -59,7 +60,8 @@ def _what_it_is(result: Result | Streamed) -> str:
     if isinstance(result, Streamed) or result.pruned.config is not None:
         return "a stock checkpoint: from_pretrained loads it"
     if isinstance(result.model, PrunedGraph):
-        return f"an exported program: torch.export.load reads {PROGRAM}"
+        outputs = ", after import transformers.modeling_outputs" if isinstance(result.facts[nn.Module], PreTrainedModel) else ""
+        return f"an exported program: torch.export.load reads {PROGRAM}{outputs}"
     if not isinstance(result.model, PreTrainedModel):
         return "a plain module: graphprune.load(folder, original)"
     why = (result.pruned.obstacle or "").splitlines()[0]
