@@ -12,10 +12,6 @@ from collections import Counter
 from datetime import date
 from pathlib import Path
 
-import torch
-import torch._dynamo  # here, so that it is imported once and not in each child
-import torch.export
-
 from tests.zoo.apart import Limits, Row, apart
 from tests.zoo.entries import FAMILIES, class_names, model_types
 from tests.zoo.prune import stages, with_checkpoint
@@ -26,7 +22,6 @@ Rows = dict[tuple[str, str], Row]
 
 def main() -> None:
     options = arguments()
-    torch.set_num_threads(1)
     rows = read(options.rows)
     limits = Limits(options.seconds, int(options.gigabytes * 2**30))
     measured = {"date": date.today().isoformat(), "commit": revision()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.zoo.apart import Limits, Row, apart
+from tests.zoo.apart import Limits, apart
 from tests.zoo.prune import stages
 from tests.zoo.report import outcome
 
@@ -25,19 +25,10 @@ LIMITS = Limits(seconds=240, bytes=4 << 30)
 pytestmark = pytest.mark.zoo
 
 
-@pytest.fixture(scope="module")
-def rows() -> dict[tuple[str, str], Row]:
-    return {(row["family"], row["type"]): row for row in apart(stages, PAIRS, 2, LIMITS)}
-
-
 @pytest.mark.parametrize("item", PAIRS, ids="-".join)
-def test_every_kind_of_group_can_go(rows: dict[tuple[str, str], Row], item: tuple[str, str]) -> None:
-    row = rows[item]
+def test_every_kind_of_group_and_the_heads_can_go(item: tuple[str, str]) -> None:
+    (row,) = apart(stages, [item], 1, LIMITS)
     assert outcome(row).startswith("ok"), row.get("error", row.get("wrong"))
-
-
-@pytest.mark.parametrize("item", PAIRS, ids="-".join)
-def test_heads_and_inner_widths_can_go(rows: dict[tuple[str, str], Row], item: tuple[str, str]) -> None:
-    free, products = rows[item]["attention"]
+    free, products = row["attention"]
     assert (free == products) != (item in WITHOUT_HEADS), (free, products)
-    assert rows[item]["kinds"].keys() & {"ffn", "channel", "expert", "value_width"}
+    assert row["kinds"].keys() & {"ffn", "channel", "expert", "value_width"}
