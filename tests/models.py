@@ -40,6 +40,14 @@ def bert() -> Any:
     return sharpened(transformers.BertForMaskedLM(config))
 
 
+def mixture() -> Any:
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=VOCABULARY, hidden_size=48, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    return sharpened(transformers.Qwen3MoeForCausalLM(config))
+
+
 def gpt2() -> Any:
     config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=LAYERS, n_head=4, bos_token_id=1, eos_token_id=2)
     return sharpened(transformers.GPT2LMHeadModel(config))

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 
 import graphprune
@@ -24,7 +23,7 @@ from graphprune.evaluate import Protocol, perplexity
 from graphprune.replay import replay
 from graphprune.streamed import compile_streamed
 from tests import elsewhere
-from tests.models import VOCABULARY, llama, residual, sharpened, tokens
+from tests.models import llama, mixture, residual, tokens
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,14 +37,6 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 def text(batches: int = 3) -> list[dict[str, Tensor]]:
     return [{"input_ids": tokens(seed)} for seed in range(batches)]
-
-
-def mixture() -> Any:
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=VOCABULARY, hidden_size=48, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-    )  # fmt: skip
-    return sharpened(transformers.Qwen3MoeForCausalLM(config))
 
 
 def alike(prune: Callable[[Any], Result], device: torch.device, make: Callable[[], Any] = llama) -> None:

@@ -17,15 +17,7 @@ from graphprune import compile
 from graphprune.errors import ModelLimit, RuleBug
 from graphprune.replay import replay
 from graphprune.rewrite import cut as cutting
-from tests.models import VOCABULARY, bert, gpt2, llama, residual, sharpened, tokens
-
-
-def mixture() -> Any:
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=VOCABULARY, hidden_size=48, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-    )  # fmt: skip
-    return sharpened(transformers.Qwen3MoeForCausalLM(config))
+from tests.models import VOCABULARY, bert, gpt2, llama, mixture, residual, sharpened, tokens
 
 
 def gemma() -> Any:
@@ -189,3 +181,32 @@ def test_a_model_in_place_is_saved_and_loaded(tmp_path: Any) -> None:
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens()).logits, model(tokens()).logits)
+
+
+SETTINGS = {"beside": {"kinds": ["ffn", "head"]}, "in place": {"kinds": ["ffn", "head"], "inplace": True}, "layers": {"kinds": ["layer"]}}
+
+
+@pytest.mark.parametrize("way", SETTINGS)
+def test_what_was_set_by_hand_stays_and_sizes_are_those_of_the_config(way: str) -> None:
+    model = llama(layers=4)
+    model.activation_checkpointing_enable()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.03
+    smaller = compile(model, tokens(), keep=0.5, method="magnitude", **SETTINGS[way]).model
+    assert [layer.gradient_checkpointing for layer in smaller.model.layers] == [True] * len(smaller.model.layers)
+    assert {layer.self_attn.attention_dropout for layer in smaller.model.layers} == {0.03}
+    fresh = type(smaller)(smaller.config)
+    assert [layer.self_attn.layer_idx for layer in smaller.model.layers] == [layer.self_attn.layer_idx for layer in fresh.model.layers]
+    assert str(smaller) == str(fresh)
+
+
+def test_the_whole_hears_of_a_part_pruned_in_place() -> None:
+    whole = llama()
+    config = whole.config
+    compile(whole.model, tokens(), keep=0.5, method="magnitude", kinds=["ffn"], inplace=True)
+    assert whole.config is config
+    assert config.intermediate_size == whole.model.layers[0].mlp.up_proj.out_features < llama().config.intermediate_size
+    fresh = type(whole)(config)
+    fresh.load_state_dict(whole.state_dict())
+    with torch.no_grad():
+        assert torch.equal(fresh.eval()(tokens()).logits, whole(tokens()).logits)

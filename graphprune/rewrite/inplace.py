@@ -8,9 +8,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from graphprune.axes import Keep
 from graphprune.execute import tensors_of
 from graphprune.propagate import Axes
-from graphprune.rewrite.blueprint import build_empty, put
+from graphprune.rewrite.blueprint import build_empty, build_meta, put
 from graphprune.rewrite.cut import cutter
-from graphprune.rewrite.module import adopt
+from graphprune.rewrite.module import adopt, give_back, set_since
 
 
 def cut_in_place(model: PreTrainedModel, axes: Axes, keep: Keep, config: PreTrainedConfig) -> dict[str, Tensor]:
@@ -24,5 +24,30 @@ def cut_in_place(model: PreTrainedModel, axes: Axes, keep: Keep, config: PreTrai
         if smaller.shape != whole.shape and traced.kind != "constant":
             own = nn.Parameter(smaller, requires_grad=whole.requires_grad) if isinstance(whole, nn.Parameter) else smaller
             put(model, traced.names, own)
-    adopt(model, build_empty(type(model), config))
+    settings, built = set_since(model, build_meta(type(model), model.config)), build_empty(type(model), config)
+    _renew_configs(model, built)
+    adopt(model, built)
+    give_back(model, settings)
     return left
+
+
+def _renew_configs(model: nn.Module, built: nn.Module) -> None:
+    """Let every config of ``model`` say what that of ``built`` says, and ``built`` hold it: whoever shares it, the whole that the
+    model is a part of, hears of its sizes."""
+    mine = dict(model.named_modules())
+    for path, module in built.named_modules():
+        config = getattr(mine.get(path), "config", None)
+        if isinstance(config, PreTrainedConfig) and isinstance(module.config, PreTrainedConfig):
+            _renew(config, module.config)
+            module.config = config
+
+
+def _renew(config: PreTrainedConfig, new: PreTrainedConfig) -> None:
+    for key in config.sub_configs:
+        part, fresh = getattr(config, key, None), getattr(new, key, None)
+        if isinstance(part, PreTrainedConfig) and isinstance(fresh, PreTrainedConfig):
+            _renew(part, fresh)
+            setattr(new, key, part)
+    if config is not new:
+        vars(config).clear()
+        vars(config).update(vars(new))

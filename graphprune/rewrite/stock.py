@@ -15,9 +15,9 @@ from graphprune.axes import Factor, Keep
 from graphprune.errors import ModelLimit
 from graphprune.patterns import unnumbered
 from graphprune.propagate import Axes
-from graphprune.rewrite.blueprint import Changes, Sizes, build_empty, scalars
+from graphprune.rewrite.blueprint import Changes, Sizes, build_empty, build_meta, scalars
 from graphprune.rewrite.config import STEPS, candidates, fit, named, proven, sketched
-from graphprune.rewrite.module import adopt
+from graphprune.rewrite.module import adopt, give_back, set_since
 from graphprune.rewrite.probe import described
 
 SizedDims = set[tuple[str, int, int]]
@@ -53,8 +53,10 @@ def stock_config(
 ) -> PreTrainedConfig:
     """The config whose constructor gives ``smaller`` its attributes, so that it computes what it should.
 
-    ``smaller`` takes them on. Raises ModelLimit when no config has these sizes or none computes the same.
+    ``smaller`` takes them on, and keeps what was set by hand. Raises ModelLimit when no config has these sizes or none computes
+    the same.
     """
+    settings = set_since(smaller, build_meta(type(model), model.config))
 
     def takes(config: PreTrainedConfig) -> bool:
         built = build_empty(type(model), config)
@@ -63,7 +65,9 @@ def stock_config(
         adopt(smaller, built)
         return accept(smaller)
 
-    return fit(model, shapes_after(axes, keep), resized_numbers(axes, keep), takes)
+    config = fit(model, shapes_after(axes, keep), resized_numbers(axes, keep), takes)
+    give_back(smaller, settings)
+    return config
 
 
 def same_buffers(smaller: nn.Module, built: nn.Module) -> bool:
