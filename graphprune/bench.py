@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from graphprune.device import beside, finished, where
-from graphprune.errors import ModelLimit, UserMistake
+from graphprune.errors import ModelLimit, UserMistake, first_line
 from graphprune.written import check_length, decode, inference
 
 SHORT, LONG = 3, 11
@@ -161,8 +161,16 @@ def race(tasks: Mapping[str, Task], repeats: int) -> dict[str, list[tuple[float,
     """
     if repeats < 1:
         raise UserMistake(f"repeats is {repeats}", fix="measure at least once")
-    rounds = [{name: task() for name, task in tasks.items()} for _ in range(repeats + 1)]
-    return {name: [each[name] for each in rounds[1:]] for name in tasks}
+    for name, task in tasks.items():
+        try:
+            task()
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            fix = "time models that take the same inputs, or give inputs"
+            raise UserMistake(f"{name} does not run on what all are timed on", why=first_line(error), fix=fix) from error
+    rounds = [{name: task() for name, task in tasks.items()} for _ in range(repeats)]
+    return {name: [each[name] for each in rounds] for name in tasks}
 
 
 def kv_cache_bytes_per_token(model: nn.Module) -> int:

@@ -41,6 +41,7 @@ from graphprune.sparse import SPARSE, pattern_of
 from graphprune.streamed import compile_streamed
 from graphprune.trace import trace
 from graphprune.words import calibration_for, device_of, dtype_of, enable_checkpointing, harness, listed, shares_of
+from graphprune.written import reads_tokens
 
 app = typer.Typer(
     help="graphprune makes PyTorch models physically smaller.",
@@ -286,7 +287,7 @@ def bench(
     there = device_of(device)
     sources = {name: open_source(name, dtype=dtype_of(dtype), device=there) for name in models}
     opened = {name: source.model.eval() for name, source in sources.items()}
-    written = all(getattr(model, "can_generate", bool)() for model in opened.values())
+    written = all(getattr(model, "can_generate", bool)() and reads_tokens(model) for model in opened.values())
     inputs = None if written else next(iter(sources.values())).example_inputs()
     out.print(side_by_side(figures(opened, inputs, prompt=prompt, new_tokens=new_tokens, repeats=repeats)))
 

@@ -33,8 +33,9 @@ from graphprune.pieces import WHOLE, Layers, pieces
 from graphprune.pipeline import Facts, Pass, Progress, find_pass, find_scorer, run
 from graphprune.plan import Plan
 from graphprune.propagate import Axes, propagate
+from graphprune.prunable import prunable
 from graphprune.rewrite.record import remember
-from graphprune.score import BLOCK
+from graphprune.score import BLOCK, Scores
 from graphprune.select import select
 from graphprune.signature import signature_of
 from graphprune.trace import Inputs, Trace, as_call, trace
@@ -213,7 +214,7 @@ def _after(stages: Sequence[Pass]) -> Sequence[Pass]:
 
 def with_extras(stages: Sequence[Pass], extras: Sequence[Pass]) -> list[Pass]:
     """Stages with further passes, each behind the stage that makes what it makes, or before the first that needs it; what changes
-    the calibration goes first. Raises UserMistake on one that makes what nothing needs."""
+    the calibration goes first. Raises UserMistake on one that makes what nothing needs, or scores anew what the method scored."""
     placed = list(stages)
     for extra in extras:
         made = [i for i, stage in enumerate(placed) if stage.makes is extra.makes]
@@ -221,6 +222,9 @@ def with_extras(stages: Sequence[Pass], extras: Sequence[Pass]) -> list[Pass]:
         if extra.makes is not Calibration and not made and not needed:
             name = getattr(extra.makes, "__name__", str(extra.makes))
             raise UserMistake(f"{extra.name}() makes {name}, which nothing here needs", fix="annotate what it makes: -> Scores")
+        if extra.makes is Scores and made and Scores not in extra.needs.values():
+            why = f"its scores would replace those of {placed[made[-1]].name}()"
+            raise UserMistake(f"{extra.name} is a method", why=why, fix=f"method=, or --method {extra.name}; a pass takes scores")
         placed.insert(0 if extra.makes is Calibration else made[-1] + 1 if made else needed[0], extra)
     return placed
 
@@ -255,22 +259,6 @@ def traced(model: nn.Module, example: Example, emission: Emission) -> Trace:
 
 def _alike(model: nn.Module, alike: bool | None, emit: str) -> bool:
     return isinstance(model, PreTrainedModel) and emit == "module" if alike is None else alike
-
-
-def prunable(model: nn.Module) -> nn.Module:
-    """The model behind ``torch.compile``. Raises UserMistake on what is none, holds adapters or quantised weights."""
-    model = getattr(model, "_orig_mod", model)
-    if not isinstance(model, nn.Module):
-        raise UserMistake(f"a {type(model).__name__} is no model", fix="give an nn.Module")
-    if type(model).__module__.startswith("peft.") or getattr(model, "_hf_peft_config_loaded", False):
-        raise UserMistake("the model holds an adapter beside its weights", fix="merge it first: merge_and_unload()")
-    how = getattr(getattr(model, "config", None), "quantization_config", None)
-    if how is not None:
-        name = how.get("quant_method") if isinstance(how, Mapping) else getattr(how, "quant_method", None)
-        raise UserMistake(
-            f"the weights are quantised ({name or type(how).__name__})", fix="dequantise them first: model.dequantize()"
-        )
-    return model
 
 
 def example_for(model: nn.Module, inputs: Inputs | None, calibration: Any) -> Example:

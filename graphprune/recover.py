@@ -65,10 +65,14 @@ class Recipe:
             raise UserMistake(f"method cannot be {self.method!r}", fix=nearest(self.method, ("lora", "full")))
         if self.epochs is None and self.steps is None and self.minutes is None:
             raise UserMistake("the training would never end", fix="give epochs, steps or minutes")
-        ends = [limit for limit in (self.epochs, self.steps, self.minutes) if limit is not None]
-        if min(self.batch, self.micro, self.length - 1) < 1 or not 0 <= self.distill <= 1 or min(ends) <= 0:
-            fix = "batch and micro ≥ 1, length ≥ 2, 0 ≤ distill ≤ 1; epochs, steps and minutes above 0"
-            raise UserMistake(f"no such training: {self}", fix=fix)
+        for name in ("epochs", "steps", "minutes", "batch", "micro"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserMistake(f"{name} is {value}", fix=f"{name} above 0")
+        if self.length < 2:
+            raise UserMistake(f"length is {self.length}", fix="at least 2 tokens: one is to be predicted")
+        if not 0 <= self.distill <= 1:
+            raise UserMistake(f"distill is {self.distill}", fix="a share of the loss: 0 ≤ distill ≤ 1")
 
 
 PRESETS: Mapping[str, Recipe] = {

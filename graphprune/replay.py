@@ -16,6 +16,7 @@ from graphprune.pieces import WHOLE, Layers, pieces
 from graphprune.pipeline import Facts, Pass, run
 from graphprune.plan import Plan
 from graphprune.propagate import Axes, propagate
+from graphprune.prunable import prunable
 from graphprune.rewrite.record import remember
 from graphprune.trace import Inputs
 
@@ -34,6 +35,7 @@ def replay(
 
     Raises UserMistake when the plan was made for another architecture.
     """
+    model = prunable(model)
     given: Facts = {nn.Module: model, Plan: plan, Emission: Emission(emit, verify, inplace)}
     given[Example] = example_for(model, example_inputs, calibration)
 

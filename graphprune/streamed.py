@@ -16,7 +16,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from graphprune.axes import Keep
 from graphprune.budget import Budget
 from graphprune.collecting import settled
-from graphprune.compiler import prunable, seeded, traced, with_extras, with_repairs
+from graphprune.compiler import seeded, traced, with_extras, with_repairs
 from graphprune.data import Calibration
 from graphprune.device import beside, drawing
 from graphprune.disk import Checkpoint, OnDisk, given_back
@@ -29,6 +29,7 @@ from graphprune.pieces import WHOLE
 from graphprune.pipeline import Pass, Progress, find_pass, find_scorer, run
 from graphprune.plan import PLAN, Plan
 from graphprune.propagate import Axes, propagate
+from graphprune.prunable import prunable
 from graphprune.ranks import leads, wait
 from graphprune.rewrite.blueprint import build_empty, build_meta, put
 from graphprune.rewrite.files import cuts
@@ -100,7 +101,7 @@ def compile_streamed(
     prunable(source.model)
     if (source.path / "adapter_config.json").is_file():
         raise UserMistake(f"{checkpoint} holds an adapter beside its weights", fix="merge it first: merge_and_unload()")
-    if not set(WHOLE).isdisjoint(kinds or ()):
+    if not set(WHOLE).isdisjoint(kinds or ()) or (plan is not None and any(cut.kind in WHOLE for cut in plan.cuts)):
         raise UserMistake("whole pieces are removed in memory", fix="leave out --stream")
     check_described(source.model.config)
     inputs = source.example_inputs() if calibration is None else _weightless(calibration.inputs[0])

@@ -72,6 +72,8 @@ def check_causal(model: nn.Module, what: str = "the model") -> None:
     config = getattr(model, "config", None)
     if config is None:
         return
+    if not reads_tokens(model):
+        raise UserMistake(f"{what} is no causal language model", why=f"a {type(model).__name__} reads no tokens")
     if getattr(config, "is_encoder_decoder", False):
         raise UserMistake(f"{what} reads one text and writes another: it continues none", fix="give a causal language model")
     ids = torch.arange(1, 1 + PROBE)[None] % (getattr(config, "vocab_size", None) or PROBE)
@@ -80,6 +82,11 @@ def check_causal(model: nn.Module, what: str = "the model") -> None:
         one, two = (logits_of(model(row.to(where(model))))[:, :-1].float() for row in (ids, other))
     if not torch.allclose(one, two, rtol=1e-3, atol=1e-3 * float(one.abs().max())):
         raise UserMistake(f"{what} is no causal language model", why="its predictions depend on the tokens after them")
+
+
+def reads_tokens(model: nn.Module) -> bool:
+    """Whether token ids are what a model takes first; a model that does not say is believed to."""
+    return getattr(model, "main_input_name", "input_ids") == "input_ids"
 
 
 def check_length(model: nn.Module, tokens: int, what: str = "the model") -> None:
@@ -104,7 +111,7 @@ def written(model: nn.Module, config: Any, samples: int, length: int, seed: int 
     LLM-QAT (arXiv 2305.17888): what a model says of its own accord is narrower than what it knows. Raises UserMistake when it
     cannot.
     """
-    if getattr(config, "vocab_size", None) is None:
+    if getattr(config, "vocab_size", None) is None or not reads_tokens(model):
         raise UserMistake(f"{type(model).__name__} writes no text to calibrate on", fix="give batches of inputs, or random")
     device = where(model)
     if device.type == "meta" or getattr(config, "is_encoder_decoder", False):

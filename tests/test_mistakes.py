@@ -12,20 +12,25 @@ import peft
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from torch import nn
 
 import graphprune
 from graphprune import Budget, Scores, compile, couple, disk, propagate, trace
+from graphprune.bench import figures
 from graphprune.default import default_for
 from graphprune.errors import UserMistake
 from graphprune.evaluate import perplexity
 from graphprune.examples import read_examples
 from graphprune.pipeline import find_pass
 from graphprune.plan import load_plan
-from graphprune.recover import Recipe
+from graphprune.recover import Recipe, recover
+from graphprune.replay import replay
 from graphprune.rewrite import stream
 from graphprune.rewrite.folder import check_free, complete_or_nothing
 from graphprune.rewrite.record import RECORD
+from graphprune.streamed import compile_streamed
+from graphprune.written import written
 from tests.models import bert, llama, tokens
 
 
@@ -136,9 +141,8 @@ def test_too_few_rows_of_calibration_are_told() -> None:
 
 
 def test_a_training_ends_and_has_something_to_learn() -> None:
-    for wrong in ({"epochs": None, "minutes": 0}, {"steps": 0}, {"epochs": -1}):
-        with pytest.raises(UserMistake, match="no such training"):
-            Recipe(**wrong)
+    with pytest.raises(UserMistake, match="never end"):
+        Recipe(epochs=None)
 
     class Letters:
         eos_token_id = 0
@@ -347,6 +351,12 @@ def test_what_is_behind_a_compiled_model_is_compiled_and_adapters_and_quantised_
     quantised.config.quantization_config = {"quant_method": "gptq", "bits": 4}
     with pytest.raises(UserMistake, match=r"quantised \(gptq\)"):
         compile(quantised, keep=0.8)
+    with pytest.raises(UserMistake, match="offloaded"):
+        compile(cpu_offload(llama()), keep=0.8)
+    hidden = llama()
+    hidden.set_attn_implementation("flex_attention")
+    with pytest.raises(UserMistake, match="flex_attention"):
+        replay(hidden, result.plan)
     with pytest.raises(UserMistake, match="holds no batch"):
         compile(llama(), keep=0.8, calibration=[])
 
@@ -393,3 +403,47 @@ def test_where_nothing_can_be_written_nothing_begins(tmp_path: Path) -> None:
     with pytest.raises(UserMistake, match="cannot be written"):
         check_free(tmp_path / "file" / "out")
     assert check_free(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+
+
+def vit() -> Any:
+    config = transformers.ViTConfig(
+        hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+    )
+    return transformers.ViTForImageClassification(config).eval()
+
+
+def test_models_of_two_kinds_are_not_timed_on_one_input() -> None:
+    with pytest.raises(UserMistake, match="vit does not run on what all are timed on"):
+        figures({"llama": llama(), "vit": vit()}, {"input_ids": tokens()}, repeats=1)
+
+
+def test_what_reads_no_tokens_teaches_no_text_and_writes_none() -> None:
+    with pytest.raises(UserMistake, match="the teacher is no causal language model"):
+        recover(llama(), [{"input_ids": tokens()}], teacher=vit())
+    config = transformers.Wav2Vec2Config(vocab_size=32)
+    with torch.device("meta"):
+        model = transformers.Wav2Vec2ForCTC(config)
+    with pytest.raises(UserMistake, match="Wav2Vec2ForCTC writes no text"):
+        written(model, config, samples=2, length=8)
+
+
+@pytest.mark.parametrize("settings", [{"minutes": 0}, {"steps": 0}, {"batch": 0}, {"epochs": -1}, {"length": 1}, {"distill": 2}], ids=str)
+def test_a_training_setting_out_of_range_is_named(settings: dict[str, Any]) -> None:
+    ((name, value),) = settings.items()
+    with pytest.raises(UserMistake, match=f"^{name} is {value}"):
+        recover(llama(), [{"input_ids": tokens()}], **settings)
+
+
+def test_a_method_is_no_pass_beside_another() -> None:
+    batches = [{"input_ids": tokens(seed)} for seed in range(2)]
+    with pytest.raises(UserMistake, match="taylor is a method") as error:
+        compile(llama(), keep=0.8, method="magnitude", passes=["taylor"], calibration=batches)
+    assert "replace those of magnitude" in str(error.value)
+
+
+def test_a_stream_takes_no_plan_for_layers(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "whole")
+    plan = compile(llama(), keep=0.5, method="magnitude", kinds=["layer"]).plan
+    with pytest.raises(UserMistake, match="removed in memory"):
+        compile_streamed(str(tmp_path / "whole"), tmp_path / "smaller", plan=plan)
+    assert not (tmp_path / "smaller").exists()
