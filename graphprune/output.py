@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from graphprune.rewrite.folder import complete_or_nothing
 from graphprune.rewrite.graph import PrunedGraph
 from graphprune.rewrite.record import make_record, read_model, save_transformers
 from graphprune.rewrite.stream import copy_rest
-from graphprune.source import TOKENIZER_FILES, Source
+from graphprune.source import Source
 from graphprune.trace import as_call
 from graphprune.verify import SEED, Reference, close
 
@@ -45,9 +44,7 @@ def save(result: Result, out: str | Path, source: Source | None = None) -> Path:
         _write(result, folder)
         result.plan.save(folder / PLAN)
         if source is not None and source.path is not None:
-            _copy_tokenizer(source, folder)
-            if source.path.is_dir() and isinstance(result.model, PreTrainedModel):
-                copy_rest(source.path, folder)
+            _copy_beside(source, result.model, folder)
         if result.facts.get(Example) is not None and not isinstance(result.model, PrunedGraph):
             _check_reload(result, folder)
     return Path(out)
@@ -61,9 +58,7 @@ def save_model(model: nn.Module, out: str | Path, source: Source) -> Path:
         return Path(out)
     with complete_or_nothing(out) as folder, quiet.loading():
         save_transformers(model, folder)
-        _copy_tokenizer(source, folder)
-        if source.path is not None and source.path.is_dir():
-            copy_rest(source.path, folder)
+        _copy_beside(source, model, folder)
     return Path(out)
 
 
@@ -117,16 +112,12 @@ def _called_by(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
         vars(model).pop("forward", None)
 
 
-def _copy_tokenizer(source: Source, folder: Path) -> None:
-    try:
+def _copy_beside(source: Source, model: nn.Module, folder: Path) -> None:
+    """The tokenizer, and what else lies beside the weights of a transformers model: as it is where it cannot be loaded."""
+    with suppress(UserMistake, ModelLimit):
         source.tokenizer().save_pretrained(folder)
-    except UserMistake:
-        return
-    except ModelLimit:  # it cannot be loaded: what is there goes along as it is
-        home = source.path if source.path is not None and source.path.is_dir() else None
-        for file in [home / name for name in TOKENIZER_FILES] if home else ():
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+    if source.path is not None and source.path.is_dir() and isinstance(model, PreTrainedModel):
+        copy_rest(source.path, folder)
 
 
 def _reloaded(model: PreTrainedModel, folder: Path) -> Any:

@@ -31,7 +31,7 @@ from graphprune.plan import PLAN, Plan
 from graphprune.propagate import Axes, propagate
 from graphprune.prunable import prunable
 from graphprune.ranks import leads, wait
-from graphprune.rewrite.blueprint import build_empty, build_meta, put
+from graphprune.rewrite.blueprint import build_empty, build_meta, hold
 from graphprune.rewrite.files import cuts
 from graphprune.rewrite.record import check_described
 from graphprune.rewrite.static import by_name, static_config
@@ -179,7 +179,7 @@ def opened(model: nn.Module, config: PreTrainedConfig, axes: Axes, keep: Keep, f
                 f"{tensor.name} cannot be streamed", at=str(files.checkpoint.folder), why=why, fix="compile it in memory"
             )
         value: Any = OnDisk.of(entry, files.device) if tensor.kind == "parameter" else entry.read()
-        put(built, tensor.names, value)
+        hold(built, tensor.names, value)
     for part in built.modules():
         part._buffers.update({leaf: value.to(files.device) for leaf, value in part._buffers.items() if value is not None})
     return built

@@ -55,7 +55,7 @@ def build_empty(cls: type[Model], config: PreTrainedConfig) -> Model:
     return model
 
 
-def put(model: nn.Module, names: Iterable[str], tensor: Tensor) -> None:
+def hold(model: nn.Module, names: Iterable[str], tensor: Tensor) -> None:
     """Let a model hold a tensor under these names, of which it has each: no shape is compared."""
     for name in names:
         home, _, leaf = name.rpartition(".")

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from graphprune.axes import Keep
 from graphprune.execute import tensors_of
 from graphprune.propagate import Axes
-from graphprune.rewrite.blueprint import build_empty, build_meta, put
+from graphprune.rewrite.blueprint import build_empty, build_meta, hold
 from graphprune.rewrite.cut import cutter
 from graphprune.rewrite.module import adopt, give_back, set_since
 
@@ -23,7 +23,7 @@ def cut_in_place(model: PreTrainedModel, axes: Axes, keep: Keep, config: PreTrai
         left[name] = smaller = cut(name, whole).detach()
         if smaller.shape != whole.shape and traced.kind != "constant":
             own = nn.Parameter(smaller, requires_grad=whole.requires_grad) if isinstance(whole, nn.Parameter) else smaller
-            put(model, traced.names, own)
+            hold(model, traced.names, own)
     settings, built = set_since(model, build_meta(type(model), model.config)), build_empty(type(model), config)
     _renew_configs(model, built)
     adopt(model, built)

@@ -15,7 +15,7 @@ from graphprune.axes import Axis, Keep
 from graphprune.device import where
 from graphprune.programs import same_program
 from graphprune.propagate import Axes
-from graphprune.rewrite.blueprint import build_empty, build_meta, put
+from graphprune.rewrite.blueprint import build_empty, build_meta, hold
 from graphprune.rewrite.config import fit
 from graphprune.rewrite.cut import cut
 from graphprune.rewrite.graph import resized_graph
@@ -41,7 +41,7 @@ def static_config(model: PreTrainedModel, axes: Axes, keep: Keep, inputs: Inputs
     held = {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if not buffer.is_meta}
     for name, buffer in list(before.named_buffers(remove_duplicate=False)):
         whole = held.get(name, buffer)
-        put(before, [name], cut(whole, known[name], keep) if name in unsaved else whole)
+        hold(before, [name], cut(whole, known[name], keep) if name in unsaved else whole)
 
     def computes_the_same(config: PreTrainedConfig) -> bool:
         if not same_buffers(before, build_empty(type(model), config)):
@@ -65,7 +65,7 @@ def _weightless(model: PreTrainedModel, config: PreTrainedConfig, dtypes: Mappin
             empty = torch.zeros((), dtype=dtype, device=device).expand(tensor.shape)
             new = computed[name].to(device, dtype) if name in computed else empty
             fresh[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
-        put(built, [name], fresh[id(tensor)])
+        hold(built, [name], fresh[id(tensor)])
     return built
 
 
