@@ -53,7 +53,7 @@ class Budget:
                 raise UserMistake(f"{name} holds a {type(strangers[0]).__name__}", fix="give names")
         if not isinstance(self.target, Mapping):
             raise UserMistake(f"target is a {type(self.target).__name__}", fix='target={"parameters": 0.5}')
-        if not isinstance(self.keep, Real) or not 0 < self.keep <= 1:
+        if not _is_share(self.keep):
             raise UserMistake(f"keep must be above 0 and at most 1, not {self.keep}", fix="0.8 keeps 80 %")
         scopes = ("local", "global", "rank")
         for name, value, choices in (("keep_of", self.keep_of, ("groups", "model")), ("scope", self.scope, scopes)):
@@ -69,7 +69,7 @@ class Budget:
         for name, share in self.target.items():
             if name not in MEASURES:
                 raise UserMistake(f"no budget is called {name!r}", fix=nearest(name, MEASURES))
-            if not isinstance(share, Real) or not 0 < share <= 1:
+            if not _is_share(share):
                 raise UserMistake(f"a target of {name} must be above 0 and at most 1, not {share}", fix=f"{name}=0.8 keeps 80 %")
 
     def multiple(self, group: Group) -> int:
@@ -106,3 +106,7 @@ def allowed_kinds(groups: Groups, kinds: Sequence[str] | None) -> tuple[str, ...
 def for_kind(setting: int | Mapping[str, int] | None, kind: str) -> int:
     """A setting given once for all kinds or kind by kind; 1 where it is not given."""
     return setting if isinstance(setting, int) else int((setting or {}).get(kind, 1))
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, Real) and bool(0 < float(value) <= 1)

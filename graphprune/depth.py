@@ -23,7 +23,7 @@ from graphprune.propagate import Axes
 from graphprune.rewrite.attributes import attributes_between
 from graphprune.rewrite.blueprint import build_meta
 from graphprune.rewrite.graph import PrunedGraph
-from graphprune.rewrite.module import adopt, give_back, set_since
+from graphprune.rewrite.module import adopt, settings_kept
 from graphprune.rewrite.reshaped import Elements
 from graphprune.rewrite.shallow import shrink_depth
 from graphprune.score import Scores, check_scores
@@ -128,10 +128,10 @@ def rewrite_pieces(model: nn.Module, layers: Layers, plan: Plan, example: Exampl
         smaller = without_elements(model, stays)
         try:
             config = shrink_depth(model, stays)
-            settings = set_since(smaller, without_elements(build_meta(type(model), model.config), stays))
-            adopt(smaller, build_meta(type(model), config))
-            if close(smaller, example.inputs, wanted):
-                give_back(smaller, settings)
+            with settings_kept(smaller, without_elements(build_meta(type(model), model.config), stays)):
+                adopt(smaller, build_meta(type(model), config))
+                same = close(smaller, example.inputs, wanted)
+            if same:
                 return Pruned(smaller, config=config)
             obstacle = "the config for this depth computes something else"
         except ModelLimit as limit:

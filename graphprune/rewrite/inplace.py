@@ -10,7 +10,7 @@ from graphprune.execute import tensors_of
 from graphprune.propagate import Axes
 from graphprune.rewrite.blueprint import build_empty, build_meta, hold
 from graphprune.rewrite.cut import cutter
-from graphprune.rewrite.module import adopt, give_back, set_since
+from graphprune.rewrite.module import adopt, settings_kept
 
 
 def cut_in_place(model: PreTrainedModel, axes: Axes, keep: Keep, config: PreTrainedConfig) -> dict[str, Tensor]:
@@ -24,10 +24,10 @@ def cut_in_place(model: PreTrainedModel, axes: Axes, keep: Keep, config: PreTrai
         if smaller.shape != whole.shape and traced.kind != "constant":
             own = nn.Parameter(smaller, requires_grad=whole.requires_grad) if isinstance(whole, nn.Parameter) else smaller
             hold(model, traced.names, own)
-    settings, built = set_since(model, build_meta(type(model), model.config)), build_empty(type(model), config)
-    _renew_configs(model, built)
-    adopt(model, built)
-    give_back(model, settings)
+    built = build_empty(type(model), config)
+    with settings_kept(model, build_meta(type(model), model.config)):
+        _renew_configs(model, built)
+        adopt(model, built)
     return left
 
 

@@ -7,9 +7,8 @@ Plain ``nn`` layers say their sizes in known attributes. For every other module 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +63,6 @@ LAYER_ATTRIBUTES: Mapping[type[nn.Module], Mapping[str, Callable[[Any], Any]]] =
     },
     nn.PReLU: {"num_parameters": lambda m: m.weight.shape[0]},
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """A plain attribute that somebody set after the constructor: its value, and what the constructor gave."""
-
-    module: str
-    name: str
-    value: Any
-    default: Any
 
 
 def copy_cut(model: nn.Module, axes: Axes, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -149,32 +138,34 @@ def adopt(smaller: nn.Module, like: nn.Module) -> None:
         theirs = built.get(path)
         if theirs is None or type(theirs) is not type(mine):
             continue
-        for name, value in vars(theirs).items():
-            if is_plain(value) and name != "training" and vars(mine).get(name) != value:
+        for name, value in _plain(theirs).items():
+            if vars(mine).get(name) != value:
                 setattr(mine, name, value)
         if hasattr(mine, "config") and hasattr(theirs, "config"):
             mine.config = theirs.config
 
 
-def set_since(model: nn.Module, built: nn.Module) -> list[Setting]:
-    """The plain attributes of ``model`` that ``built``, fresh from its constructor, has otherwise: dropout turned off by hand."""
-    fresh = dict(built.named_modules())
-    return [
-        Setting(path, name, value, vars(fresh[path])[name])
+@contextmanager
+def settings_kept(model: nn.Module, built: nn.Module) -> Iterator[None]:
+    """Plain attributes that ``model`` had otherwise than ``built``, fresh from its constructor, stay as they were set by hand (a
+    dropout turned off) whatever ``model`` adopts meanwhile: unless that is not what ``built`` has, for then it is a size."""
+    fresh = {path: _plain(module) for path, module in built.named_modules()}
+    set_by_hand = [
+        (path, name, value)
         for path, module in model.named_modules()
-        if path in fresh
-        for name, value in vars(module).items()
-        if is_plain(value) and name != "training" and vars(fresh[path]).get(name, value) != value
+        for name, value in _plain(module).items()
+        if fresh.get(path, {}).get(name, value) != value
     ]
+    yield
+    modules = dict(model.named_modules())
+    for path, name, value in set_by_hand:
+        if path in modules and vars(modules[path]).get(name) == fresh[path][name]:
+            setattr(modules[path], name, value)
 
 
-def give_back(smaller: nn.Module, settings: Iterable[Setting]) -> None:
-    """Set by hand again what ``adopt`` has reset, unless the smaller model's constructor has changed it, too: then it is a size."""
-    modules = dict(smaller.named_modules())
-    for setting in settings:
-        module = modules.get(setting.module)
-        if module is not None and vars(module).get(setting.name) == setting.default:
-            setattr(module, setting.name, setting.value)
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """A module's plain attributes; whether it trains is none of its constructor's."""
+    return {name: value for name, value in vars(module).items() if is_plain(value) and name != "training"}
 
 
 def _first_size(module: nn.Module) -> int:

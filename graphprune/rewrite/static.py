@@ -44,26 +44,29 @@ def static_config(model: PreTrainedModel, axes: Axes, keep: Keep, inputs: Inputs
         hold(before, [name], cut(whole, known[name], keep) if name in unsaved else whole)
 
     def computes_the_same(config: PreTrainedConfig) -> bool:
-        if not same_buffers(before, build_empty(type(model), config)):
+        computed = build_empty(type(model), config)
+        if not same_buffers(before, computed):
             return False
-        found = trace(_weightless(model, config, dtypes), inputs)
+        found = trace(_weightless(model, config, computed, dtypes), inputs)
         return same_program(wanted, found) and _same_constants(axes.trace, found)
 
     return fit(model, shapes, resized_numbers(axes, keep), computes_the_same)
 
 
-def _weightless(model: PreTrainedModel, config: PreTrainedConfig, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
-    """What a config describes, where ``model`` is and in its precision, which a config need not say. No parameter takes memory:
-    on the meta device it never does, elsewhere each is a single zero, repeated."""
+def _weightless(
+    model: PreTrainedModel, config: PreTrainedConfig, computed: nn.Module, dtypes: Mapping[str, torch.dtype]
+) -> nn.Module:
+    """What a config describes, where ``model`` is and in its precision, which a config need not say, with the buffers that
+    ``computed`` has. No parameter takes memory: on the meta device it never does, elsewhere each is a single zero, repeated."""
     device = where(model)
     built: nn.Module = build_meta(type(model), config)
-    computed = {} if device.type == "meta" else dict(build_empty(type(model), config).named_buffers(remove_duplicate=False))
+    there = {} if device.type == "meta" else dict(computed.named_buffers(remove_duplicate=False))
     fresh: dict[int, Tensor] = {}
     for name, tensor in [*built.named_parameters(remove_duplicate=False), *built.named_buffers(remove_duplicate=False)]:
         dtype = dtypes.get(name, tensor.dtype)
         if id(tensor) not in fresh:
             empty = torch.zeros((), dtype=dtype, device=device).expand(tensor.shape)
-            new = computed[name].to(device, dtype) if name in computed else empty
+            new = there[name].to(device, dtype) if name in there else empty
             fresh[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
         hold(built, [name], fresh[id(tensor)])
     return built

@@ -17,7 +17,7 @@ from graphprune.patterns import unnumbered
 from graphprune.propagate import Axes
 from graphprune.rewrite.blueprint import Changes, Sizes, build_empty, build_meta, scalars
 from graphprune.rewrite.config import STEPS, candidates, fit, named, proven, sketched
-from graphprune.rewrite.module import adopt, give_back, set_since
+from graphprune.rewrite.module import adopt, settings_kept
 from graphprune.rewrite.probe import described
 
 SizedDims = set[tuple[str, int, int]]
@@ -56,7 +56,6 @@ def stock_config(
     ``smaller`` takes them on, and keeps what was set by hand. Raises ModelLimit when no config has these sizes or none computes
     the same.
     """
-    settings = set_since(smaller, build_meta(type(model), model.config))
 
     def takes(config: PreTrainedConfig) -> bool:
         built = build_empty(type(model), config)
@@ -65,9 +64,8 @@ def stock_config(
         adopt(smaller, built)
         return accept(smaller)
 
-    config = fit(model, shapes_after(axes, keep), resized_numbers(axes, keep), takes)
-    give_back(smaller, settings)
-    return config
+    with settings_kept(smaller, build_meta(type(model), model.config)):
+        return fit(model, shapes_after(axes, keep), resized_numbers(axes, keep), takes)
 
 
 def same_buffers(smaller: nn.Module, built: nn.Module) -> bool:
