@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from numbers import Integral, Real
 
 from graphprune.cost import MEASURES
@@ -93,7 +94,7 @@ def allowed_kinds(groups: Groups, kinds: Sequence[str] | None) -> tuple[str, ...
     """The kinds a budget ranges over. Raises UserMistake on a kind this model lacks."""
     present = groups.kinds
     if kinds is None:
-        return tuple(kind for kind in ("head", "ffn") if kind in present) if "head" in present else tuple(present)
+        return _unasked(groups)
     asked = [kind for name in kinds for kind in ALIASES.get(name, (name,))]
     for kind in asked:
         if kind not in KINDS:
@@ -101,6 +102,21 @@ def allowed_kinds(groups: Groups, kinds: Sequence[str] | None) -> tuple[str, ...
     if not set(asked) & set(present):
         raise UserMistake(f"this model has no prunable {' or '.join(asked)}", fix=f"it has {', '.join(present) or 'none'}")
     return tuple(dict.fromkeys(kind for kind in asked if kind in present))
+
+
+def _unasked(groups: Groups) -> tuple[str, ...]:
+    """All kinds; with attention heads and FFN channels, and channels of convolutions that hold more weights than those."""
+    if "head" not in groups.kinds:
+        return tuple(groups.kinds)
+    kinds = [kind for kind in ("head", "ffn") if kind in groups.kinds]
+    return tuple([*kinds, "channel"] if _weights(groups, ["channel"]) > _weights(groups, kinds) else kinds)
+
+
+def _weights(groups: Groups, kinds: Collection[str]) -> int:
+    """Parameters with a dimension in a group of these kinds."""
+    known = groups.axes.trace.parameters
+    names = {member.name for group in groups if group.kind in kinds for member in group.members}
+    return sum(prod(known[name].shape) for name in names if name in known)
 
 
 def for_kind(setting: int | Mapping[str, int] | None, kind: str) -> int:

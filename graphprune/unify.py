@@ -247,15 +247,15 @@ def normal(axis: Sequence[Product]) -> Expression:
     return tuple(segment for product in axis for segment in _expand(product))
 
 
-def _expand(product: Product) -> Iterator[Product]:
-    flat: list[Variable] = []
-    for variable in product:
-        flat += _follow(variable)
-    if flat and flat[0].meaning is not None:
-        for segment in flat[0].meaning:
-            yield from _expand((*segment, *flat[1:]))
-    else:
-        yield tuple(flat)
+def _expand(product: Sequence[Variable]) -> Expression:
+    """``product`` as a sum of products that no sum leads. What a leading sum stands for is kept flat, so that one that was cut a
+    hundred times stays one step deep."""
+    flat = [part for variable in product for part in _follow(variable)]
+    if not flat or flat[0].meaning is None:
+        return (tuple(flat),)
+    lead, *inner = flat
+    lead.meaning = segments = normal(flat[0].meaning)
+    return tuple(part for segment in segments for part in ([(*segment, *inner)] if segment else _expand(inner)))
 
 
 def _follow(variable: Variable) -> Product:

@@ -153,6 +153,28 @@ def test_wide_ffns_keep_multiples_unless_told_otherwise_or_out_of_reach() -> Non
     assert widths(keep=0.0004)[0] < 16
 
 
+class Hybrid(nn.Module):
+    """Convolutions of one width before attention of another."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(3, channels, 3), nn.ReLU(), nn.Conv2d(channels, channels, 3), nn.ReLU())
+        self.tokens, self.out = nn.Linear(channels, width), nn.Linear(width, 4)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(self.trunk(x).flatten(2).transpose(1, 2))
+        q, k, v = (part(x).unflatten(-1, (-1, 4)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(x + self.o(mixed.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize(("channels", "width", "kinds"), [(32, 16, {"head", "channel"}), (4, 32, {"head"})])
+def test_channels_go_unasked_where_most_weights_are_those_of_convolutions(channels: int, width: int, kinds: set[str]) -> None:
+    result = graphprune.compile(Hybrid(channels, width).eval(), torch.randn(2, 3, 8, 8), keep=0.6)
+    assert {cut.kind for cut in result.plan.cuts} == kinds
+
+
 def test_measures_agree_with_what_they_were() -> None:
     groups = graphprune.couple(graphprune.propagate(graphprune.trace(llama(), {"input_ids": tokens()})))
     assert MEASURES["flops"](groups.axes)({}) == counted_flops(llama())
