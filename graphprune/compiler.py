@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -19,18 +18,20 @@ from graphprune.data import Calibration, batches_of
 from graphprune.default import default_for
 from graphprune.depth import as_groups, remaining, rewrite_pieces, select_pieces
 from graphprune.device import beside, drawing, where
+from graphprune.difference import tensors_in
 from graphprune.disk import given_back
 from graphprune.emission import rewrite
-from graphprune.errors import GraphpruneError, HiddenSize, ModelLimit, UserMistake, first_line
+from graphprune.errors import GraphpruneError, ModelLimit, UserMistake, first_line
+from graphprune.exportable import exportable
 from graphprune.facts import Emission, Example, Notes, Pruned
 from graphprune.gradients import Loss
 from graphprune.groups import Groups, couple
-from graphprune.hidden import visible
+from graphprune.hidden import run_visible
 from graphprune.inputs import guess_inputs
-from graphprune.memory import untouched
+from graphprune.memory import caches_emptied, untouched
 from graphprune.narrow import narrow, stock_steps
 from graphprune.pieces import WHOLE, Layers, pieces
-from graphprune.pipeline import Facts, Pass, Progress, find_pass, find_scorer, run
+from graphprune.pipeline import Facts, Pass, Progress, find_pass, find_scorer
 from graphprune.plan import Plan
 from graphprune.propagate import Axes, propagate
 from graphprune.prunable import prunable
@@ -124,8 +125,9 @@ def compile(  # noqa: A001  the product's own verb
     extras = [find_pass(extra) for extra in (*default.passes, *passes)]
     stages = with_extras(stages, extras)
     given[Emission] = Emission(emit, verify, inplace and not _after(stages))
-    with settled(), drawing(seed, where(model)):
-        facts = _without_hidden(stages, given, progress)
+    emptied = caches_emptied(model, partial(_outputs, model, given[Example]), refill=not inplace)
+    with settled(), emptied, drawing(seed, where(model)):
+        facts = run_visible(stages, given, progress)
     if repairs := [stage.name for stage in _after(stages) if stage.makes is Pruned]:
         _check_repaired(facts[Pruned], facts[Example], repairs)
     pruned: Pruned = remember(facts[Pruned], model)
@@ -133,43 +135,6 @@ def compile(  # noqa: A001  the product's own verb
         facts[Plan] = recounted(facts[Groups], facts[Plan])
     facts[Plan] = with_repairs(facts[Plan], stages)
     return Result(pruned.model, facts[Plan], facts[Groups], pruned, tuple(notes), facts)
-
-
-def _without_hidden(stages: Sequence[Pass], given: Facts, progress: Progress | None) -> Facts:
-    """Run the stages. Where the model's code hides a size of some groups that nobody asked for, once more without them."""
-    notes: Notes = given[Notes]
-    said = len(notes.lines)
-    try:
-        return run(stages, given, progress)
-    except HiddenSize as limit:
-        model, example, budget = given[nn.Module], given[Example], given[Budget]
-        del notes.lines[said:]
-        if budget.kinds is not None:
-            raise
-        groups = narrow(model, couple(propagate(traced(model, example, given[Emission]))), budget, given[Emission], Notes([]))
-        free = replace(groups, groups=tuple(group for group in groups if not group.touches(budget.protect)))
-        found = visible(model, free, example, budget.alike)
-        if found.alike and not budget.alike:
-            given = {**given, Budget: replace(budget, alike=True)}
-            notes.lines.append("equal layers shrink alike, as the model's code has it")
-        hidden = {group.name for group in free} - {group.name for group in found.groups}
-        if not found.groups or (not hidden and given[Budget] is budget):
-            raise
-
-        def without(groups: Groups) -> Groups:
-            return replace(groups, groups=tuple(group for group in groups if group.name not in hidden))
-
-        spared = Counter(group.kind for group in free if group.name in hidden)
-        left = ", ".join(f"{count} {kind} groups" for kind, count in spared.items())
-        why = found.obstacles[-1] if found.obstacles else limit
-        note = f'{left} are left alone, emit="graph" would cut them: {why.what}, {why.at}'
-        try:
-            facts = run(with_extras(stages, [Pass(without)]), given, progress)
-        except ModelLimit as other:
-            reason = "; ".join(filter(None, (other.why, note if hidden else None)))
-            raise ModelLimit(other.what, at=other.at, why=reason, fix=other.fix) from other
-        notes.lines.extend([note] if hidden else [])
-        return facts
 
 
 def _without_holes(score: Callable[..., Any]) -> Callable[..., Any]:
@@ -244,12 +209,18 @@ def _check_repaired(pruned: Pruned, example: Example, repairs: Sequence[str]) ->
     for name, weight in pruned.model.named_parameters():
         if not weight.isfinite().all():
             raise ModelLimit(f"{name} is not finite after {by}", fix="leave it out, or mend it")
-    args, kwargs = beside(as_call(example.inputs), where(pruned.model))
     try:
-        with torch.no_grad(), untouched(pruned.model):
-            pruned.model(*args, **kwargs)
+        with untouched(pruned.model):
+            _outputs(pruned.model, example)
     except Exception as error:
         raise ModelLimit(f"the model does not run after {by}", why=f"{type(error).__name__}: {first_line(error)}") from error
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, example: Example) -> list[Tensor]:
+    args, kwargs = beside(as_call(example.inputs), where(model))
+    with exportable(model, experts=None):
+        return tensors_in(model(*args, **kwargs))
 
 
 def traced(model: nn.Module, example: Example, emission: Emission) -> Trace:

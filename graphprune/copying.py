@@ -19,13 +19,17 @@ def duplicate(model: Model, memo: dict[int, Any] | None = None) -> Model:
     graph it came from, which torch copies for nobody.
     """
     memo = {} if memo is None else memo
-    for value in _computed(model):
-        memo.setdefault(id(value), value.detach().clone())
+    for value in held_tensors(model):
+        if value.grad_fn is not None:
+            memo.setdefault(id(value), value.detach().clone())
     return deepcopy(model, memo)
 
 
-def _computed(model: nn.Module) -> Iterator[Tensor]:
+def held_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that a module keeps: parameters, buffers, and those in its other attributes."""
     for module in model.modules():
-        for value in pytree.tree_leaves(list(vars(module).values())):
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                yield value
+        for held in vars(module).values():
+            if isinstance(held, Tensor):
+                yield held
+            elif isinstance(held, dict | list | tuple) and held:
+                yield from (value for value in pytree.tree_leaves(held) if isinstance(value, Tensor))

@@ -10,22 +10,22 @@ from functools import cache, partial
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from graphprune import quiet
 from graphprune.axes import Keep
 from graphprune.errors import ModelLimit
 from graphprune.execute import tensors_of
 from graphprune.facts import Emission, Example, Pruned
 from graphprune.groups import Groups
 from graphprune.plan import Plan
-from graphprune.programs import same_program
+from graphprune.programs import traces_to
 from graphprune.propagate import Axes
+from graphprune.rewrite.attributes import Learnt
 from graphprune.rewrite.graph import PrunedGraph, Smaller, resized_graph, smaller
 from graphprune.rewrite.inplace import cut_in_place
 from graphprune.rewrite.module import copy_cut, emit_module, over
 from graphprune.rewrite.record import check_described
+from graphprune.rewrite.rehearse import Rehearsal
 from graphprune.rewrite.static import static_config
 from graphprune.rewrite.stock import stock_config
-from graphprune.trace import trace
 from graphprune.verify import Reference, check_traced, checked, close, computes, decodes, reference, says_little_of
 
 
@@ -45,7 +45,7 @@ def rewrite(model: nn.Module, groups: Groups, plan: Plan, example: Example, emis
             check_traced(model, axes.trace, tensors, example.inputs)
         return Pruned(PrunedGraph(axes.trace, cut.graph, cut.tensors), obstacle="a graph has no config")
     wanted = reference(axes.trace, cut.tensors, inputs, cut.graph, exact)
-    return _as_module(model, axes, keep, cut, wanted, example)
+    return _as_module(model, axes, keep, cut, wanted, example, emission.learnt)
 
 
 def _proven(model: PreTrainedModel, axes: Axes, keep: Keep, example: Example) -> PreTrainedConfig | None:
@@ -72,17 +72,15 @@ def _in_place(
     return Pruned(model, config=config)
 
 
-def _as_module(model: nn.Module, axes: Axes, keep: Keep, cut: Smaller, wanted: Reference, example: Example) -> Pruned:
+def _as_module(
+    model: nn.Module, axes: Axes, keep: Keep, cut: Smaller, wanted: Reference, example: Example, learnt: Learnt
+) -> Pruned:
     """The smaller model of the same class. What had to be guessed is held to the program, too: numbers may say too little of it."""
     vague = says_little_of(model, axes.trace)
 
-    def same(emitted: nn.Module) -> bool:
-        with quiet.building():
-            return same_program(cut.graph, trace(emitted, example.inputs))
-
     def accept(emitted: nn.Module) -> bool:
         try:
-            return close(emitted, example.inputs, wanted) and (not vague or same(emitted))
+            return close(emitted, example.inputs, wanted) and (not vague or traces_to(emitted, example.inputs, cut.graph))
         except ModelLimit:  # what cannot be traced is not the same
             return False
 
@@ -96,7 +94,7 @@ def _as_module(model: nn.Module, axes: Axes, keep: Keep, cut: Smaller, wanted: R
 
     def runs(emitted: nn.Module, guessed: bool) -> bool:
         agrees = computes(emitted, example.inputs, wanted) and remembers(emitted)
-        return agrees and (same(emitted) if guessed or vague else True)
+        return agrees and (not (guessed or vague) or traces_to(emitted, example.inputs, cut.graph))
 
-    emitted, attributes = emit_module(model, emitted, axes, keep, runs)
+    emitted, attributes = emit_module(model, emitted, axes, keep, runs, Rehearsal(model, example.inputs), learnt)
     return Pruned(emitted, obstacle=obstacle, attributes=attributes)

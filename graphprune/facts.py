@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 from transformers import PreTrainedConfig
 
 from graphprune.errors import UserMistake, nearest
-from graphprune.rewrite.attributes import Attributes
+from graphprune.rewrite.attributes import Attributes, Learnt
 from graphprune.rewrite.reshaped import Elements
 from graphprune.trace import Inputs
 
@@ -23,11 +23,12 @@ class Example:
 @dataclass(frozen=True, slots=True)
 class Emission:
     """How the smaller model is written: ``emit`` is ``module`` or ``graph``, ``verify`` whether it is checked, ``inplace`` whether
-    the model itself may become it."""
+    the model itself may become it, ``learnt`` what is known of the numbers that its modules keep."""
 
     emit: str = "module"
     verify: bool = True
     inplace: bool = False
+    learnt: Learnt = field(default_factory=Learnt)
 
     def __post_init__(self) -> None:
         if self.emit not in ("module", "graph"):

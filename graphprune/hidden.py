@@ -1,72 +1,149 @@
-"""A plain model, groups and example inputs in, the groups out whose sizes the model's own code can take.
+"""The stages of a compile in, what they make out: without the groups whose sizes the model's own code cannot take.
 
 What a class computes from other sizes (``width // heads``) or writes down as a number (``reshape(b, 12, 64)``) no attribute can
-change. Equal layers are tried together, the rest one after the other on top of what is known to work.
+change. Of what is planned equal layers are tried together, the rest one after the other on top of what is known to work.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from graphprune.axes import Factor, Keep
-from graphprune.errors import HiddenSize
+from graphprune.budget import Budget
+from graphprune.errors import HiddenSize, ModelLimit
 from graphprune.execute import tensors_of
-from graphprune.facts import Example
+from graphprune.facts import Emission, Example, Notes, Pruned
 from graphprune.groups import Group, Groups
 from graphprune.levers import signature
+from graphprune.pipeline import Facts, Pass, Progress, check, run
+from graphprune.plan import Plan
+from graphprune.programs import traces_to
+from graphprune.propagate import Axes
+from graphprune.rewrite.attributes import Learnt
 from graphprune.rewrite.graph import smaller
 from graphprune.rewrite.module import copy_cut, emit_module
+from graphprune.rewrite.rehearse import Rehearsal
+from graphprune.trace import Trace
 from graphprune.verify import computes, reference
+
+
+def run_visible(stages: Sequence[Pass], given: Facts, progress: Progress | None = None) -> Facts:
+    """Run the stages. Where the model's code hides a size of some groups that nobody asked for, plan and emit anew without them,
+    and so on: what is left goes further then."""
+    check(stages, given)
+    first = [stage.makes for stage in stages].index(Pruned)
+    notes, before = given[Notes].lines, len(given[Notes].lines)
+    facts = run(stages[:first], given, progress)
+    known = {fact: facts[fact] for fact in (Trace, Axes) if fact in facts}
+    hidden, told = set[str](), list[str]()
+
+    def without_hidden(groups: Groups) -> Groups:
+        return replace(groups, groups=tuple(group for group in groups if group.name not in hidden))
+
+    while True:
+        try:
+            facts = run(stages[first:], facts, progress)
+            notes.extend(told)
+            return facts
+        except HiddenSize as limit:
+            found = (_visible(facts, limit) or _visible(facts, limit, strictly=True)) if given[Budget].kinds is None else None
+            if found is None and told:
+                raise _explained(limit, told) from limit
+            if found is None:
+                raise
+            hidden |= {group.name for group in found.hidden}
+            told += found.notes
+            given = {
+                **given,
+                Budget: replace(given[Budget], alike=found.alike),
+                Emission: replace(given[Emission], learnt=found.learnt),
+            }
+            if not found.notes:
+                facts = {**facts, Emission: given[Emission]}
+                continue
+        del notes[before:]
+        planning = [stage for stage in stages[:first] if stage.makes not in known]
+        place = max((number for number, stage in enumerate(planning, 1) if stage.makes is Groups))
+        try:
+            facts = run([*planning[:place], Pass(without_hidden), *planning[place:]], given | known, progress)
+        except ModelLimit as other:
+            raise _explained(other, told) from other
+
+
+def _explained(limit: ModelLimit, told: Sequence[str]) -> ModelLimit:
+    """The same, which also says what was left alone before."""
+    return type(limit)(limit.what, at=limit.at, why="; ".join(filter(None, (limit.why, *told))), fix=limit.fix)
 
 
 @dataclass(frozen=True, slots=True)
 class Visible:
-    """The groups that may shrink together, whether equal layers must be ``alike`` for that, and what stands in others' way."""
+    """Which groups may not shrink, whether equal layers must be ``alike`` where the others do, what was ``learnt`` of the
+    numbers to change, and what to say of it."""
 
-    groups: tuple[Group, ...]
+    hidden: tuple[Group, ...]
     alike: bool
-    obstacles: tuple[HiddenSize, ...]
+    learnt: Learnt
+    notes: tuple[str, ...]
 
 
-def visible(model: nn.Module, groups: Groups, example: Example, alike: bool = False) -> Visible:
-    """Try each class of equal layers on top of those that are known to work, where need be with all of its layers alike."""
+def _visible(facts: Facts, limit: HiddenSize, *, strictly: bool = False) -> Visible | None:
+    """Try what the plan keeps of each class of equal layers on top of those that are known to work, where need be of all of them
+    alike; ``strictly`` asks of each that it traces to the cut graph. None where that makes no difference, or leaves nothing."""
+    model, groups, example, budget = facts[nn.Module], facts[Groups], facts[Example], facts[Budget]
+    keep = facts[Plan].keep(groups)
     classes: dict[Any, list[Group]] = defaultdict(list)
     for group in groups:
-        if group.size > group.least:
+        if not group.touches(budget.protect):
             classes[signature(group)].append(group)
-    fine: dict[Factor, range] = {}
-    obstacles = []
-    for number, row in enumerate(classes.values()):
-        for even in (True,) if alike else (False, True)[: len(row)]:
-            cut = _cut(row, number % 2, even)
+    rehearsal, learnt = Rehearsal(model, example.inputs), Learnt()
+    fine: dict[Factor, Sequence[int]] = {}
+    hidden: list[Group] = []
+    alike = budget.alike
+    for row in classes.values():
+        units = {group.factor: keep.get(group.factor, range(group.size)) for group in row}
+        least = min(map(len, units.values()))
+        if least == row[0].size:
+            continue
+        planned = {factor: kept for factor, kept in units.items() if factor in keep}
+        even = {factor: kept[:least] for factor, kept in units.items()}
+        for cut in (planned, even)[: 1 if alike or even == planned else 2]:
             try:
-                _emit(model, groups, fine | cut, example)
-                fine, alike = fine | cut, even
+                _emit(model, groups, fine | cut, example, rehearsal, learnt, strictly)
+                fine, alike = fine | cut, alike or cut is even
                 break
-            except HiddenSize as limit:
-                obstacles.append(limit)
-    return Visible(tuple(group for group in groups if group.factor in fine), alike, tuple(obstacles))
+            except HiddenSize as found:
+                limit = found
+        else:
+            hidden += row
+    if not fine or (not hidden and alike == budget.alike and learnt.values == facts[Emission].learnt.values):
+        return None
+    notes = ["equal layers shrink alike, as the model's code has it"] if alike != budget.alike else []
+    if hidden:
+        left = ", ".join(f"{count} {kind} groups" for kind, count in Counter(group.kind for group in hidden).items())
+        notes.append(f'{left} are left alone, emit="graph" would cut them: {limit.what}, {limit.at}')
+    return Visible(tuple(hidden), alike, learnt, tuple(notes))
 
 
-def _cut(row: Sequence[Group], more: int, alike: bool) -> dict[Factor, range]:
-    """About a quarter of each group and some ``more`` gone; unless equal layers are alike, none of every other group."""
-    kept = {g.factor: range(max(g.least, g.size - max(1, g.size // 4) - more)) for g in row}
-    whole = set() if alike else {group.factor for group in row[1::2]}
-    return {factor: range(factor.size) if factor in whole else units for factor, units in kept.items()}
-
-
-def _emit(model: nn.Module, groups: Groups, keep: Keep, example: Example) -> None:
+def _emit(
+    model: nn.Module, groups: Groups, keep: Keep, example: Example, rehearsal: Rehearsal, learnt: Learnt, strictly: bool
+) -> None:
+    """Raise HiddenSize where the model cannot be emitted; so it is where a candidate computes the same by another program."""
     axes = groups.axes
     tensors, inputs = tensors_of(model, axes.trace), axes.trace.flatten(example.inputs)
     cut = smaller(axes, tensors, keep)
     wanted = reference(axes.trace, cut.tensors, inputs, cut.graph)
+    other: list[nn.Module] = []
 
     def accept(emitted: nn.Module, guessed: bool) -> bool:
-        return computes(emitted, example.inputs, wanted)
+        if other or not computes(emitted, example.inputs, wanted):
+            return False
+        same = not strictly or traces_to(emitted, example.inputs, cut.graph)
+        other.extend([] if same else [emitted])
+        return same
 
-    emit_module(model, copy_cut(model, axes, cut.tensors), axes, keep, accept)
+    emit_module(model, copy_cut(model, axes, cut.tensors), axes, keep, accept, rehearsal, learnt)

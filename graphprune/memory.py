@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from graphprune.calls import operands, written_to
+
+OWNED = ("_parameters", "_buffers", "_modules")
+"""Dictionaries in which torch keeps what a module owns."""
 
 
 def lent(graph: fx.Graph) -> frozenset[str]:
@@ -36,14 +41,59 @@ def _shared(node: fx.Node) -> list[fx.Node]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Whatever a forward writes into the buffers of ``model`` (averages, counters, caches) is undone."""
-    held = [(module._buffers, dict(module._buffers)) for module in model.modules() if module._buffers]
-    values = [(b, b._version, b.clone()) for _, row in held for b in row.values() if b is not None and not b.is_inference()]
+    """Whatever a forward leaves in ``model`` is undone: in its buffers (averages, counters) and its other attributes (caches)."""
+    modules = list(model.modules())
+    buffers = {id(b): b for module in modules for b in module._buffers.values() if b is not None and not b.is_inference()}
+    values = [(buffer, buffer._version, buffer.clone()) for buffer in buffers.values()]
+    attributes: list[dict[str, Any]] = [vars(module) for module in modules]
+    held = [*attributes, *(part for own in attributes for part in own.values() if isinstance(part, dict | list | set))]
+    before = [(part, copy(part)) for part in held]
     try:
         yield
     finally:
-        for own, row in held:
-            own.update(row)
+        for part, was in before:
+            _put_back(part, was)
         for buffer, version, value in values:
             if buffer._version != version:
                 buffer.copy_(value)
+
+
+def _put_back(part: Any, was: Any) -> None:
+    """Give a dictionary, list or set the very things it held."""
+    if isinstance(part, list):
+        part[:] = was
+    elif isinstance(part, set) or part.keys() != was.keys() or any(part[name] is not value for name, value in was.items()):
+        part.clear()
+        part.update(was)
+
+
+@contextmanager
+def caches_emptied(model: nn.Module, run: Callable[[], Sequence[Tensor]], *, refill: bool = True) -> Iterator[None]:
+    """Meanwhile the dictionaries in which forwards have kept tensors are empty, where ``run`` gives the same without them: what a
+    trace sees then is how they are computed. They are put back in the end if ``refill``."""
+    found = [(vars(module), name) for module in model.modules() for name in vars(module) if name not in OWNED]
+    dictionaries = [(own, name) for own, name in found if type(own[name]) is dict]
+    caches = [(own, name, own[name]) for own, name in dictionaries if any(isinstance(v, Tensor) for v in own[name].values())]
+    if not caches:
+        yield
+        return
+    wanted = run()
+    _refill(caches, empty=True)
+    try:
+        same = _equal(run(), wanted)
+    except Exception:  # noqa: BLE001  what has lost something it needs may fail in any way
+        same = False
+    _refill(caches, empty=same)
+    try:
+        yield
+    finally:
+        _refill(caches, empty=same and not refill)
+
+
+def _refill(caches: Sequence[tuple[dict[str, Any], str, dict[Any, Any]]], *, empty: bool) -> None:
+    for own, name, held in caches:
+        own[name] = {} if empty else held
+
+
+def _equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))

@@ -7,15 +7,22 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
+from graphprune import quiet
 from graphprune.calls import all_arguments, is_check, operation
 from graphprune.computed import computed, evaluated
-from graphprune.trace import Trace
+from graphprune.trace import Inputs, Trace, trace
 
 aten = torch.ops.aten
 PIECES = ("split", "chunk", "tensor_split", "unsafe_chunk", "unsafe_split")
 """Operations that cut a dimension into pieces whose sizes they work out."""
+
+
+def traces_to(model: nn.Module, inputs: Inputs, graph: fx.Graph) -> bool:
+    """Whether a model's trace is the same program as a graph. Raises ModelLimit where it cannot be traced."""
+    with quiet.building():
+        return same_program(graph, trace(model, inputs))
 
 
 def same_program(one: fx.Graph, other: Trace) -> bool:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphprune
 from graphprune.errors import GraphpruneError
+from graphprune.difference import difference
 from graphprune.execute import execute, tensors_of
 from graphprune.pipeline import find_pass
 from tests.models import VOCABULARY, sharpened
@@ -61,7 +62,7 @@ def test_a_walk_multiplies_with_a_matrix_at_a_time_and_gathers_none(dtype: torch
         wanted = model(**INPUTS).logits
         with Largest() as seen:
             found = execute(traced, tensors_of(model, traced), traced.flatten(INPUTS), dtype=dtype)[0]
-    torch.testing.assert_close(found.to(wanted.dtype), wanted)
+    assert difference([found.to(wanted.dtype)], [wanted]) < 1e-5  # of the largest: a model rounds each product to single precision
     assert seen.elements < 44 * WIDTH * HIDDEN  # 22 tokens, two experts each
 
 

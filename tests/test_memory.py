@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -81,3 +81,74 @@ class Counting(nn.Module):
 def test_a_graph_that_is_not_the_model_is_refused() -> None:
     with pytest.raises(ModelLimit, match="the graph of Counting does not compute what the model does"):
         graphprune.compile(Counting(), torch.randn(2, 6), keep=0.5, emit="graph")
+
+
+class Caching(nn.Module):
+    """Attention whose bias is gathered once and kept by device until the model trains again, and a list of what it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.width = 4, 6
+        self.qkv, self.out = nn.Linear(12, 72), nn.Linear(24, 12)
+        self.bias, self.seen = nn.Parameter(torch.randn(4, 9)), []
+        self.register_buffer("places", (torch.arange(5)[:, None] - torch.arange(5)).abs())
+        self.cache: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> nn.Module:
+        self.cache = {} if mode else self.cache
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        key = str(x.device)
+        if key not in self.cache:
+            self.cache[key] = self.bias[:, self.places]
+        self.seen.append(len(x))
+        q, k, v = (part.unflatten(2, (self.heads, self.width)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        attention = (q @ k.transpose(2, 3) * 0.4 + self.cache[key]).softmax(-1)
+        return self.out((attention @ v).transpose(1, 2).flatten(2))
+
+
+def test_what_a_forward_keeps_in_attributes_is_undone() -> None:
+    model, x = Caching(), torch.randn(2, 5, 12)
+    with untouched(model), torch.no_grad():
+        model(x)
+        model.extra = x
+    assert model.cache == {}
+    assert model.seen == []
+    assert not hasattr(model, "extra")
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attribute")
+@pytest.mark.parametrize("used", [False, True])
+def test_a_cache_is_not_taken_for_a_constant(used: bool) -> None:
+    """What lies in it has the old sizes, and is computed anew from a parameter that a trace would not see otherwise."""
+    model, x = sharpened(Caching()), torch.randn(2, 5, 12)
+    if used:
+        with torch.no_grad():
+            model(x)
+    held = dict(model.cache)
+    result = graphprune.compile(model, x, keep=0.5, kinds=["head"])
+    smaller: Any = result.model
+    assert smaller.bias.shape == (2, 9)
+    assert model.cache == held
+    before = smaller(x)
+    smaller.train()
+    torch.testing.assert_close(smaller(x), before)
+
+
+class Table(nn.Module):
+    """A tensor in a plain attribute, along a width that shrinks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.gains = nn.Linear(6, 16), nn.Linear(16, 3), torch.randn(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu() * self.gains)
+
+
+def test_a_tensor_in_a_plain_attribute_shrinks_too() -> None:
+    model, x = sharpened(Table()), torch.randn(4, 6)
+    smaller: Any = graphprune.compile(model, x, keep=0.5).model
+    assert smaller.gains.shape == (8,)
+    assert model.gains.shape == (16,)

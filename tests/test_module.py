@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune.errors import HiddenSize, ModelLimit
+from graphprune.rewrite.guess import HeldNumber
+from graphprune.rewrite.rehearse import Rehearsal, Shadow
 from graphprune.verify import Reference
 from tests.models import sharpened
 
@@ -467,3 +469,59 @@ def test_a_reshape_like_another_tensor_is_the_same_program() -> None:
     model = sharpened(nn.Sequential(nn.Conv2d(3, 12, 1), nn.ReLU(), Standardised(12, 10, 1), nn.ReLU(), nn.Conv2d(10, 4, 1)))
     result = graphprune.compile(model.bfloat16(), torch.randn(2, 3, 5, 5).bfloat16(), keep=0.6, kinds=["channel"])
     assert len(result.plan.cuts) == 2
+
+
+class Scaled(nn.Module):
+    """Two branches; one keeps its width and takes from it a scale that outputs hardly show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 32
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+        self.plain = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.up(x).view(*x.shape[:-1], self.width).relu()
+        return x + self.plain(x) + 1e-12 * self.down(inner * inner.shape[-1] ** 0.5)
+
+
+def test_what_outputs_do_not_show_is_left_alone_and_the_rest_is_cut() -> None:
+    torch.manual_seed(0)
+    result = graphprune.compile(Scaled(), torch.randn(4, 5, 8), keep=0.5)
+    smaller: Any = result.model
+    assert smaller.width == smaller.up.out_features == 32
+    assert smaller.plain[0].out_features == 12
+    assert any("left alone" in note for note in result.notes)
+
+
+class Asking(nn.Module):
+    """Asks for a value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def test_only_models_that_ask_for_no_value_are_rehearsed() -> None:
+    x = torch.randn(2, 8)
+    assert Rehearsal(nn.Linear(8, 4), x).tells
+    assert not Rehearsal(Asking(), x).tells
+
+
+def test_a_rehearsal_fails_where_a_run_would_and_forgets_what_it_left() -> None:
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.size, self.kept = 8, None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = x.view(2, self.size) if self.kept is None else self.kept
+            return self.kept
+
+    model = Keeping()
+    shadow = Shadow(model, Rehearsal(model, torch.randn(2, 8)))
+    place = HeldNumber("", ("size",), 0)
+    assert shadow.attempted({}) is None
+    failure = shadow.attempted({place: 6})
+    assert failure is not None
+    assert isinstance(failure.error, RuntimeError)
+    assert (model.size, model.kept) == (8, None)

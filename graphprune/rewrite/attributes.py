@@ -5,7 +5,8 @@ A *path* leads to one of them from its module: ``("heads",)``, ``("axes_lengths"
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig
 
 Path = tuple[str | int, ...]
+Kind = tuple[str, Path]
+"""A path in equal modules of equal layers."""
 Attributes = dict[str, dict[str, Any]]
 """New values of plain attributes, by module name and by path, its steps joined by slashes (``~1`` is one in a step)."""
 
@@ -28,6 +31,17 @@ OPAQUE = (
 
 OWN = ("training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 """What torch keeps in a module."""
+
+
+@dataclass(slots=True)
+class Learnt:
+    """What searches on the same model have found: ``values`` that were right, by module and path; kinds of numbers that were
+    likely and needed no change, with the values they might have had; and lines where a first guess failed and no other was right.
+    """
+
+    values: dict[tuple[str, Path], int] = field(default_factory=dict)
+    unneeded: dict[Kind, Sequence[Sequence[int]]] = field(default_factory=dict)
+    dead_ends: set[str] = field(default_factory=set)
 
 
 def whole_numbers(module: nn.Module) -> Iterator[tuple[Path, int, int]]:

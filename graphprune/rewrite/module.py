@@ -19,21 +19,10 @@ from graphprune.copying import duplicate
 from graphprune.errors import HiddenSize, first_line, raised_at, raised_inside
 from graphprune.meta import source_line
 from graphprune.propagate import Axes
-from graphprune.rewrite.attributes import Attributes, attributes_between, is_plain, read, write
-from graphprune.rewrite.guess import (
-    Choice,
-    Evidence,
-    HeldNumber,
-    Options,
-    Outcome,
-    attempted,
-    coincidences,
-    evidence,
-    lengths,
-    literals,
-    own_sizes,
-    search,
-)
+from graphprune.rewrite.attributes import Attributes, Learnt, attributes_between, is_plain
+from graphprune.rewrite.guess import Choice, Evidence, HeldNumber, coincidences, evidence, lengths, literals, own_sizes, written
+from graphprune.rewrite.rehearse import Rehearsal, Shadow
+from graphprune.rewrite.search import Options, Outcome, attempted, search
 
 LAYER_ATTRIBUTES: Mapping[type[nn.Module], Mapping[str, Callable[[Any], Any]]] = {
     nn.Linear: {"in_features": lambda m: m.weight.shape[1], "out_features": lambda m: m.weight.shape[0]},
@@ -66,10 +55,12 @@ LAYER_ATTRIBUTES: Mapping[type[nn.Module], Mapping[str, Callable[[Any], Any]]] =
 
 
 def copy_cut(model: nn.Module, axes: Axes, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A deep copy of ``model`` over the cut ``tensors``: ties stay ties, what was not cut is copied, the original is untouched."""
-    memo: dict[int, Any] = {}
+    """A deep copy of ``model`` over the cut ``tensors``, those in plain attributes too: ties stay ties, what was not cut is copied,
+    the original is untouched."""
     known = {alias: traced.name for traced in axes.trace.tensors.values() for alias in traced.names}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    owned = [*model.named_parameters(), *model.named_buffers()]
+    memo: dict[int, Any] = {}
+    for name, tensor in [*axes.trace.constants.items(), *owned]:
         if name in known:
             smaller = tensors[known[name]].detach()
             smaller = smaller.clone() if smaller.data_ptr() == tensor.data_ptr() else smaller
@@ -86,41 +77,48 @@ def over(model: nn.Module, smaller: nn.Module) -> nn.Module:
 
 
 def emit_module(
-    model: nn.Module, smaller: nn.Module, axes: Axes, keep: Keep, accept: Callable[[nn.Module, bool], bool]
+    model: nn.Module,
+    smaller: nn.Module,
+    axes: Axes,
+    keep: Keep,
+    accept: Callable[[nn.Module, bool], bool],
+    rehearsal: Rehearsal,
+    learnt: Learnt,
 ) -> tuple[nn.Module, Attributes]:
     """The smaller model of the original classes, and every attribute that had to change; ``smaller`` has the cut tensors.
 
-    ``accept`` runs a candidate, and is told whether anything in it was guessed. Raises ModelLimit, naming the model's line that
+    ``accept`` runs a candidate, and is told whether anything in it was guessed; all but the first are rehearsed. What was
+    ``learnt`` from cuts of the same model before is built upon, and added to. Raises HiddenSize, naming the model's line that
     stands in the way, when no choice of attributes makes it compute what the reference does.
     """
     _fit_layers(smaller)
     found = evidence(smaller, literals(axes, keep))
     sizes, less = [*found, *own_sizes(smaller, axes, keep)], evidence(smaller, lengths(axes, keep))
-    options = Options(sizes, less, coincidences(smaller, axes))
+    options = Options(sizes, less, coincidences(smaller, axes), learnt)
+    first: list[Outcome] = []
+    shadow = Shadow(smaller, rehearsal)
 
     def attempt(choice: Choice) -> Outcome | None:
-        with _written(smaller, choice):
-            return attempted(_copied(smaller), lambda emitted: accept(emitted, bool(choice)))
+        if first and (outcome := shadow.attempted(choice)) is not None:
+            return outcome
+        with written(smaller, choice):
+            outcome = attempted(_copied(smaller), lambda emitted: accept(emitted, bool(choice)))
+        first.extend([outcome] if outcome is not None and not first else [])
+        return outcome
 
-    choice, failure = search(options, attempt)
+    choice, failure = search(options, attempt, lambda outcome: _line(model, outcome) in learnt.dead_ends)
     if choice is None:
+        learnt.dead_ends.add(_line(model, first[0]))
         raise _hidden(model, found, axes, keep, failure)
-    with _written(smaller, choice):
+    options.learn(choice, learnt)
+    with written(smaller, choice):
         emitted = _copied(smaller)
     return emitted, attributes_between(model, emitted)
 
 
-@contextmanager
-def _written(module: nn.Module, choice: Choice) -> Iterator[None]:
-    """New values of some numbers, and then those there were."""
-    before = {place: read(module.get_submodule(place.module), place.path) for place in choice}
-    try:
-        for place, value in choice.items():
-            write(module.get_submodule(place.module), place.path, value)
-        yield
-    finally:
-        for place, value in before.items():
-            write(module.get_submodule(place.module), place.path, value)
+def _line(model: nn.Module, outcome: Outcome) -> str:
+    """The line of the model's own code that a run failed at."""
+    return (outcome.error and raised_at(outcome.error, _files(model))) or ""
 
 
 def _copied(module: nn.Module) -> nn.Module:

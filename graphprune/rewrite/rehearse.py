@@ -1,0 +1,85 @@
+"""A model and its inputs in, runs of candidates without numbers out: whether sizes fit is seen on shapes alone."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from graphprune.copying import duplicate, held_tensors
+from graphprune.exportable import exportable
+from graphprune.rewrite.guess import Choice, written
+from graphprune.rewrite.search import Outcome, attempted
+from graphprune.trace import Inputs, as_call
+
+META = torch.device("meta")
+
+
+class Rehearsal:
+    """Runs on the ``meta`` device, for models that get through one themselves."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        self.model = model
+        self.call = pytree.tree_map_only(Tensor, lambda value: value.to(META), as_call(inputs))
+
+    @cached_property
+    def tells(self) -> bool:
+        """Whether the model itself gets through: one that asks for a value does not."""
+        try:
+            return self.runs(weightless(self.model))
+        except Exception:  # noqa: BLE001  what a model asks of a value may fail in any way
+            return False
+
+    @torch.no_grad()
+    def runs(self, candidate: nn.Module) -> bool:
+        """True once a model without numbers has run; what it raises is raised."""
+        args, kwargs = self.call
+        with exportable(candidate, experts=None), META:
+            candidate(*args, **kwargs)
+        return True
+
+
+def weightless(model: nn.Module) -> nn.Module:
+    """A copy that has shapes only."""
+    return duplicate(model, {id(tensor): _empty(tensor) for tensor in held_tensors(model)})
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    blank: Any = tensor.detach().to(META)
+    return nn.Parameter(blank, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
+
+
+class Shadow:
+    """A copy of a module without numbers, in which choices are tried; made anew where a run left something behind."""
+
+    def __init__(self, module: nn.Module, rehearsal: Rehearsal) -> None:
+        self.module, self.rehearsal = module, rehearsal
+        self.copy: nn.Module | None = None
+
+    def attempted(self, choice: Choice) -> Outcome | None:
+        """How far a run with these values gets, where that can be rehearsed and fails."""
+        if not self.rehearsal.tells:
+            return None
+        if self.copy is None:
+            self.copy, self.before = (fresh := weightless(self.module)), _kept(fresh)
+        with written(self.copy, choice):
+            outcome = attempted(self.copy, self.rehearsal.runs)
+        if _kept(self.copy) != self.before:
+            self.copy = None
+        return outcome
+
+
+def _kept(model: nn.Module) -> list[Any]:
+    """What tells whether a run left something behind: what a model keeps, by identity where it may be large."""
+    return [_told(held) for module in model.modules() for held in vars(module).values()]
+
+
+def _told(held: Any) -> Any:
+    if isinstance(held, dict):
+        return tuple(map(id, held.values()))
+    if isinstance(held, list | tuple | set):
+        return len(held)
+    return held if isinstance(held, int | float | str | None) else id(held)
