@@ -12,8 +12,8 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphprune
-from graphprune.errors import GraphpruneError
 from graphprune.difference import difference
+from graphprune.errors import GraphpruneError
 from graphprune.execute import execute, tensors_of
 from graphprune.pipeline import find_pass
 from tests.models import VOCABULARY, sharpened
