@@ -50,7 +50,7 @@ WRITING = re.compile(r"__setitem__|__i(add|sub|mul|truediv|floordiv|and|or|xor|p
 
 MAKING = ("ones", "zeros", "full", "arange", "tensor", "linspace", "eye", "tril_indices", "triu_indices")
 ALIKE = ("ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full")
-"""Factories; the latter read the shape and type of an operand, never its values."""
+"""Factories; the latter read the shape and type of their first operand, never its values."""
 
 NOTHING = object()
 """Where nothing is known; functions that write return None."""
@@ -85,8 +85,9 @@ class Known(TorchFunctionMode):
     def _real(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What a call gives on real values, NOTHING where they are not known."""
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        alike = _name(func) in ALIKE
-        found = {id(tensor): _blank(tensor) if alike else self._value(tensor) for tensor in tensors}
+        found = {id(tensor): self._value(tensor) for tensor in tensors}
+        if _name(func) in ALIKE and args and isinstance(args[0], Tensor):
+            found[id(args[0])] = _blank(args[0])
         if (
             any(value is None for value in found.values())
             or not (tensors or _name(func) in MAKING)
