@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
 from numbers import Integral, Real
 
 from graphprune.cost import MEASURES
@@ -114,9 +113,8 @@ def _unasked(groups: Groups) -> tuple[str, ...]:
 
 def _weights(groups: Groups, kinds: Collection[str]) -> int:
     """Parameters with a dimension in a group of these kinds."""
-    known = groups.axes.trace.parameters
     names = {member.name for group in groups if group.kind in kinds for member in group.members}
-    return sum(prod(known[name].shape) for name in names if name in known)
+    return groups.axes.trace.count(names)
 
 
 def for_kind(setting: int | Mapping[str, int] | None, kind: str) -> int:

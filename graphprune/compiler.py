@@ -128,12 +128,12 @@ def compile(  # noqa: A001  the product's own verb
     emptied = caches_emptied(model, partial(_outputs, model, given[Example]), refill=not inplace)
     with settled(), emptied, drawing(seed, where(model)):
         facts = run_visible(stages, given, progress)
-    if repairs := [stage.name for stage in _after(stages) if stage.makes is Pruned]:
+    if repairs := repairs_of(stages):
         _check_repaired(facts[Pruned], facts[Example], repairs)
     pruned: Pruned = remember(facts[Pruned], model)
     if any(stage.makes is Plan and stage in extras for stage in stages):
         facts[Plan] = recounted(facts[Groups], facts[Plan])
-    facts[Plan] = with_repairs(facts[Plan], stages)
+    facts[Plan] = with_repairs(facts[Plan], repairs)
     return Result(pruned.model, facts[Plan], facts[Groups], pruned, tuple(notes), facts)
 
 
@@ -166,10 +166,14 @@ def whole_pieces(scorer: Pass, kinds: Sequence[str]) -> list[Pass]:
     return [Pass(traced), Pass(propagate), Pass(found), Pass(as_groups), scorer, Pass(select_pieces), Pass(rewrite_pieces)]
 
 
-def with_repairs(plan: Plan, stages: Sequence[Pass]) -> Plan:
+def repairs_of(stages: Sequence[Pass]) -> list[str]:
+    """The names of the passes that change weights of the smaller model."""
+    return [stage.name for stage in _after(stages) if stage.makes is Pruned]
+
+
+def with_repairs(plan: Plan, repairs: Sequence[str]) -> Plan:
     """The plan that names the passes which changed weights after it, as no plan can say how."""
-    repairs = [stage.name for stage in _after(stages) if stage.makes is Pruned]
-    return replace(plan, options={**plan.options, "passes": repairs}) if repairs else plan
+    return replace(plan, options={**plan.options, "passes": list(repairs)}) if repairs else plan
 
 
 def _after(stages: Sequence[Pass]) -> Sequence[Pass]:

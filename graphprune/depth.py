@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from math import prod
 from typing import Any
 
 from torch import nn
@@ -72,7 +71,7 @@ def _left(layers: Layers, keep: Mapping[Any, Sequence[int]], budget: Budget) -> 
             raise UserMistake(f"whole pieces are not chosen by {min(unknown)}", fix=f"a target of {', '.join(COUNTED)}")
         return max(MEASURES[name](after)({}) / (share * MEASURES[name](layers.axes)({})) for name, share in budget.target.items())
     names = None if budget.keep_of == "model" else {t for pieces in layers.pieces.values() for p in pieces for t in p.tensors}
-    return _parameters(after, names) / (budget.keep * _parameters(layers.axes, names))
+    return after.trace.count(names) / (budget.keep * layers.axes.trace.count(names))
 
 
 def _order(layers: Layers, scores: Scores, budget: Budget) -> Iterator[tuple[Group, int]]:
@@ -81,7 +80,7 @@ def _order(layers: Layers, scores: Scores, budget: Budget) -> Iterator[tuple[Gro
         pieces, values = layers.pieces[group.name], scores[group.name].tolist()
         ranks = sorted(range(group.size), key=values.__getitem__)
         for place, unit in enumerate(ranks):
-            price = _parameters(layers.axes, set(pieces[unit].tensors)) if budget.scope == "global" else 1
+            price = layers.axes.trace.count(pieces[unit].tensors) if budget.scope == "global" else 1
             key = (place + 1) / group.size if budget.scope == "local" else values[unit] / max(1, price)
             if not any(matches(name, p) for p in budget.protect for name in (pieces[unit].name, *pieces[unit].tensors)):
                 rows.append((key, values[unit], len(rows), group, unit))
@@ -102,11 +101,6 @@ def remaining(layers: Layers, keep: Mapping[Any, Sequence[int]]) -> Axes:
     gone, nodes = {t for p in removed for t in p.tensors}, {node for p in removed for node in p.gone}
     trace = replace(axes.trace, tensors={key: t for key, t in axes.trace.tensors.items() if t.name not in gone})
     return replace(axes, trace=trace, uses=tuple(use for use in axes.uses if use.node not in nodes))
-
-
-def _parameters(axes: Axes, names: set[str] | None) -> int:
-    known = axes.trace.parameters
-    return sum(prod(t.shape) for name, t in known.items() if names is None or name in names)
 
 
 # ── rewrite ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -52,9 +53,8 @@ def run_visible(stages: Sequence[Pass], given: Facts, progress: Progress | None 
             return facts
         except HiddenSize as limit:
             found = (_visible(facts, limit) or _visible(facts, limit, strictly=True)) if given[Budget].kinds is None else None
-            if found is None and told:
-                raise _explained(limit, told) from limit
             if found is None:
+                _explain(limit, told)
                 raise
             hidden |= {group.name for group in found.hidden}
             told += found.notes
@@ -71,13 +71,14 @@ def run_visible(stages: Sequence[Pass], given: Facts, progress: Progress | None 
         place = max((number for number, stage in enumerate(planning, 1) if stage.makes is Groups))
         try:
             facts = run([*planning[:place], Pass(without_hidden), *planning[place:]], given | known, progress)
-        except ModelLimit as other:
-            raise _explained(other, told) from other
+        except ModelLimit as limit:
+            _explain(limit, told)
+            raise
 
 
-def _explained(limit: ModelLimit, told: Sequence[str]) -> ModelLimit:
-    """The same, which also says what was left alone before."""
-    return type(limit)(limit.what, at=limit.at, why="; ".join(filter(None, (limit.why, *told))), fix=limit.fix)
+def _explain(limit: ModelLimit, told: Sequence[str]) -> None:
+    """Let an error also say what was left alone before."""
+    limit.why = "; ".join(filter(None, (limit.why, *told))) or None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,20 +92,48 @@ class Visible:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Trials:
+    """Cuts of one model, emitted one after the other: each knows what those before have ``learnt``. ``strictly``, a candidate must
+    also trace to the cut graph."""
+
+    model: nn.Module
+    axes: Axes
+    example: Example
+    strictly: bool
+    learnt: Learnt = field(default_factory=Learnt)
+
+    @cached_property
+    def rehearsal(self) -> Rehearsal:
+        return Rehearsal(self.model, self.example.inputs)
+
+    def emit(self, keep: Keep) -> None:
+        """Raise HiddenSize where the model cannot be emitted; so it is where a candidate computes the same by another program."""
+        trace = self.axes.trace
+        cut = smaller(self.axes, tensors_of(self.model, trace), keep)
+        wanted = reference(trace, cut.tensors, trace.flatten(self.example.inputs), cut.graph)
+        other: list[nn.Module] = []
+
+        def accept(emitted: nn.Module, guessed: bool) -> bool:
+            if other or not computes(emitted, self.example.inputs, wanted):
+                return False
+            same = not self.strictly or traces_to(emitted, self.example.inputs, cut.graph)
+            other.extend([] if same else [emitted])
+            return same
+
+        emit_module(self.model, copy_cut(self.model, self.axes, cut.tensors), self.axes, keep, accept, self.rehearsal, self.learnt)
+
+
 def _visible(facts: Facts, limit: HiddenSize, *, strictly: bool = False) -> Visible | None:
     """Try what the plan keeps of each class of equal layers on top of those that are known to work, where need be of all of them
     alike; ``strictly`` asks of each that it traces to the cut graph. None where that makes no difference, or leaves nothing."""
-    model, groups, example, budget = facts[nn.Module], facts[Groups], facts[Example], facts[Budget]
+    groups, budget = facts[Groups], facts[Budget]
     keep = facts[Plan].keep(groups)
-    classes: dict[Any, list[Group]] = defaultdict(list)
-    for group in groups:
-        if not group.touches(budget.protect):
-            classes[signature(group)].append(group)
-    rehearsal, learnt = Rehearsal(model, example.inputs), Learnt()
+    trials = Trials(facts[nn.Module], groups.axes, facts[Example], strictly)
     fine: dict[Factor, Sequence[int]] = {}
     hidden: list[Group] = []
     alike = budget.alike
-    for row in classes.values():
+    for row in _equal(groups, budget):
         units = {group.factor: keep.get(group.factor, range(group.size)) for group in row}
         least = min(map(len, units.values()))
         if least == row[0].size:
@@ -113,37 +142,26 @@ def _visible(facts: Facts, limit: HiddenSize, *, strictly: bool = False) -> Visi
         even = {factor: kept[:least] for factor, kept in units.items()}
         for cut in (planned, even)[: 1 if alike or even == planned else 2]:
             try:
-                _emit(model, groups, fine | cut, example, rehearsal, learnt, strictly)
+                trials.emit(fine | cut)
                 fine, alike = fine | cut, alike or cut is even
                 break
             except HiddenSize as found:
                 limit = found
         else:
             hidden += row
-    if not fine or (not hidden and alike == budget.alike and learnt.values == facts[Emission].learnt.values):
+    if not fine or (not hidden and alike == budget.alike and trials.learnt.values == facts[Emission].learnt.values):
         return None
     notes = ["equal layers shrink alike, as the model's code has it"] if alike != budget.alike else []
     if hidden:
         left = ", ".join(f"{count} {kind} groups" for kind, count in Counter(group.kind for group in hidden).items())
         notes.append(f'{left} are left alone, emit="graph" would cut them: {limit.what}, {limit.at}')
-    return Visible(tuple(hidden), alike, learnt, tuple(notes))
+    return Visible(tuple(hidden), alike, trials.learnt, tuple(notes))
 
 
-def _emit(
-    model: nn.Module, groups: Groups, keep: Keep, example: Example, rehearsal: Rehearsal, learnt: Learnt, strictly: bool
-) -> None:
-    """Raise HiddenSize where the model cannot be emitted; so it is where a candidate computes the same by another program."""
-    axes = groups.axes
-    tensors, inputs = tensors_of(model, axes.trace), axes.trace.flatten(example.inputs)
-    cut = smaller(axes, tensors, keep)
-    wanted = reference(axes.trace, cut.tensors, inputs, cut.graph)
-    other: list[nn.Module] = []
-
-    def accept(emitted: nn.Module, guessed: bool) -> bool:
-        if other or not computes(emitted, example.inputs, wanted):
-            return False
-        same = not strictly or traces_to(emitted, example.inputs, cut.graph)
-        other.extend([] if same else [emitted])
-        return same
-
-    emit_module(model, copy_cut(model, axes, cut.tensors), axes, keep, accept, rehearsal, learnt)
+def _equal(groups: Groups, budget: Budget) -> list[list[Group]]:
+    """The classes of equal layers that a budget may touch."""
+    classes: dict[Any, list[Group]] = defaultdict(list)
+    for group in groups:
+        if not group.touches(budget.protect):
+            classes[signature(group)].append(group)
+    return list(classes.values())

@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 
 from graphprune.calls import operands, written_to
 
-OWNED = ("_parameters", "_buffers", "_modules")
-"""Dictionaries in which torch keeps what a module owns."""
+OWN = ("training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+"""What torch keeps in a module."""
 
 
 def lent(graph: fx.Graph) -> frozenset[str]:
@@ -71,7 +71,7 @@ def _put_back(part: Any, was: Any) -> None:
 def caches_emptied(model: nn.Module, run: Callable[[], Sequence[Tensor]], *, refill: bool = True) -> Iterator[None]:
     """Meanwhile the dictionaries in which forwards have kept tensors are empty, where ``run`` gives the same without them: what a
     trace sees then is how they are computed. They are put back in the end if ``refill``."""
-    found = [(vars(module), name) for module in model.modules() for name in vars(module) if name not in OWNED]
+    found = [(vars(module), name) for module in model.modules() for name in vars(module) if name not in OWN]
     dictionaries = [(own, name) for own, name in found if type(own[name]) is dict]
     caches = [(own, name, own[name]) for own, name in dictionaries if any(isinstance(v, Tensor) for v in own[name].values())]
     if not caches:

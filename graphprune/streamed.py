@@ -16,7 +16,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from graphprune.axes import Keep
 from graphprune.budget import Budget
 from graphprune.collecting import settled
-from graphprune.compiler import seeded, traced, with_extras, with_repairs
+from graphprune.compiler import repairs_of, seeded, traced, with_extras, with_repairs
 from graphprune.data import Calibration
 from graphprune.device import beside, drawing
 from graphprune.disk import Checkpoint, OnDisk, given_back
@@ -111,7 +111,7 @@ def compile_streamed(
     stages += [] if plan is not None else [find_scorer(method, **seeded(method, options or {}, seed)), Pass(select)]
 
     def with_names(plan: Plan) -> Plan:
-        return with_repairs(plan, stages)
+        return with_repairs(plan, repairs_of(stages))
 
     stages = with_extras([*stages, Pass(with_names), Pass(write)], [find_pass(extra) for extra in passes])
     given = {nn.Module: source.model, Example: Example(inputs), Emission: Emission(), Notes: Notes(notes), Budget: budget}

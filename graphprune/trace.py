@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
+from math import prod
 from typing import Any
 
 import sympy
@@ -78,6 +79,10 @@ class Trace:
     def parameters(self) -> dict[str, TracedTensor]:
         """The distinct parameters by name, in the order the model first uses them."""
         return {tensor.name: tensor for tensor in self.tensors.values() if tensor.kind == "parameter"}
+
+    def count(self, names: Collection[str] | None = None) -> int:
+        """Number of parameters, of all of them or of those named."""
+        return sum(prod(tensor.shape) for name, tensor in self.parameters.items() if names is None or name in names)
 
     def flatten(self, inputs: Inputs) -> tuple[Any, ...]:
         """Example-like inputs as the flat values of ``self.inputs``, by position or by name as they come; labels are left out.

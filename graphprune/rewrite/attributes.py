@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig
 
+from graphprune.memory import OWN
+
 Path = tuple[str | int, ...]
 Kind = tuple[str, Path]
 """A path in equal modules of equal layers."""
@@ -28,9 +30,6 @@ OPAQUE = (
     GenerationConfig,
 )  # fmt: skip
 """What is not looked into: it holds no sizes, or somebody else is in charge of them."""
-
-OWN = ("training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-"""What torch keeps in a module."""
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from graphprune.copying import duplicate, held_tensors
 from graphprune.exportable import exportable
+from graphprune.memory import untouched
 from graphprune.rewrite.guess import Choice, written
 from graphprune.rewrite.search import Outcome, attempted
 from graphprune.trace import Inputs, as_call
@@ -53,33 +54,18 @@ def _empty(tensor: Tensor) -> Tensor:
 
 
 class Shadow:
-    """A copy of a module without numbers, in which choices are tried; made anew where a run left something behind."""
+    """A copy of a module without numbers, in which choices are tried."""
 
     def __init__(self, module: nn.Module, rehearsal: Rehearsal) -> None:
         self.module, self.rehearsal = module, rehearsal
-        self.copy: nn.Module | None = None
+
+    @cached_property
+    def copy(self) -> nn.Module:
+        return weightless(self.module)
 
     def attempted(self, choice: Choice) -> Outcome | None:
         """How far a run with these values gets, where that can be rehearsed and fails."""
         if not self.rehearsal.tells:
             return None
-        if self.copy is None:
-            self.copy, self.before = (fresh := weightless(self.module)), _kept(fresh)
-        with written(self.copy, choice):
-            outcome = attempted(self.copy, self.rehearsal.runs)
-        if _kept(self.copy) != self.before:
-            self.copy = None
-        return outcome
-
-
-def _kept(model: nn.Module) -> list[Any]:
-    """What tells whether a run left something behind: what a model keeps, by identity where it may be large."""
-    return [_told(held) for module in model.modules() for held in vars(module).values()]
-
-
-def _told(held: Any) -> Any:
-    if isinstance(held, dict):
-        return tuple(map(id, held.values()))
-    if isinstance(held, list | tuple | set):
-        return len(held)
-    return held if isinstance(held, int | float | str | None) else id(held)
+        with untouched(self.copy), written(self.copy, choice):
+            return attempted(self.copy, self.rehearsal.runs)

@@ -55,7 +55,8 @@ def read(path: Path) -> Rows:
 
 
 def write(path: Path, rows: Rows) -> None:
-    order = sorted(rows, key=lambda item: (FAMILIES.index(item[0]), item[1]))
+    place = {family: number for number, family in enumerate(FAMILIES)}
+    order = sorted(rows, key=lambda item: (place.get(item[0], -1), item))
     path.write_text("".join(json.dumps(rows[item]) + "\n" for item in order))
 
 

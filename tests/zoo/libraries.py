@@ -7,7 +7,6 @@ modules the smallest model is taken, of torchvision's families all; weights are 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 import warnings
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune.errors import ModelLimit
-from tests.zoo.__main__ import revision
+from tests.zoo.__main__ import read, revision, write
 from tests.zoo.apart import Limits, Row, apart
 
 KEEP = 0.7
@@ -98,14 +97,13 @@ def pruned(library: str, name: str) -> Iterator[Row]:
 
 def main() -> None:
     options = arguments()
-    rows = read(options.rows)
     names = options.only or NAMES[options.library]()
     measured = {"commit": revision()}
     for row in apart(pruned, [(options.library, name) for name in names], options.jobs, Limits(options.seconds, options.gigabytes << 30)):
         row.pop("at", None)
         rows = read(options.rows) | {(row["family"], row["type"]): row | measured}
         print(shown(row), flush=True)
-        options.rows.write_text("".join(json.dumps(rows[key]) + "\n" for key in sorted(rows)))
+        write(options.rows, rows)
 
 
 def shown(row: Row) -> str:
@@ -113,11 +111,6 @@ def shown(row: Row) -> str:
     left = f"{row['left']:.2f}" if "left" in row else "    "
     slow = {stage: seconds for stage, seconds in row.get("took", {}).items() if seconds >= 1}
     return f"{row['family']:12} {row['type']:28} {row.get('emit', 'NO'):6} {left} {row['seconds']:6.1f} s {slow} {what[:300]}"
-
-
-def read(path: Path) -> dict[tuple[str, str], Row]:
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {(row["family"], row["type"]): row for row in map(json.loads, lines)}
 
 
 def arguments() -> argparse.Namespace:
