@@ -326,6 +326,31 @@ def test_a_class_of_ones_own_is_saved_and_loaded_by_that_class(tmp_path: Path) -
     assert Own.from_pretrained(tmp_path / "out").up.weight.shape == result.model.up.weight.shape == (16, 16)
 
 
+class OwnStack(transformers.PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config: OwnConfig) -> None:
+        super().__init__(config)
+        self.blocks = nn.ModuleList(Own(config) for _ in range(2))
+        self.post_init()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def test_a_class_of_ones_own_whose_layers_differ_is_loaded_by_its_record(tmp_path: Path) -> None:
+    x = torch.randn(3, 16)
+    result = graphprune.compile(OwnStack(OwnConfig()), {"x": x}, method="magnitude", keep=0.7, protect=["blocks.0"], alike=False)
+    assert result.pruned.config is None
+    graphprune.save(result, tmp_path / "out")
+    loaded = graphprune.load(tmp_path / "out")
+    assert type(loaded) is OwnStack
+    assert torch.equal(loaded(x), result.model(x))
+    assert not list((tmp_path / "out").glob("*.py")), "no code that could not import the class"
+
+
 @pytest.mark.parametrize("out", [".", "link"])
 def test_an_output_that_cannot_appear_at_once_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str) -> None:
     monkeypatch.chdir(tmp_path)

@@ -18,7 +18,7 @@ from typing import Any
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, contiguous_format, get_default_device, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from graphprune.disk import WEIGHTS
 from graphprune.errors import UserMistake, first_line
@@ -69,12 +69,21 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise UserMistake(f"{path} is not a checkpoint", why=first_line(error)) from error
     cls = _class(name)
     if cls is None and record is None:
-        raise UserMistake(f"{path} is of an unknown class", why=f"there is no {name} in transformers {transformers.__version__}")
+        fix = f"a class of your own loads it itself: {name.rpartition('.')[2]}.from_pretrained({str(path)!r})"
+        raise UserMistake(
+            f"{path} is of an unknown class", why=f"there is no {name} in transformers {transformers.__version__}", fix=fix
+        )
     if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False) if record else None
+        config = _config(cls, path) if record else None
         loaded: nn.Module = read_model(cls, path, config)
         return loaded
     return _load_plain(path, record or {}, model)
+
+
+def _config(cls: type[PreTrainedModel], path: Path) -> PreTrainedConfig:
+    """The config of a checkpoint; a class that is not transformers' own says itself what kind it has."""
+    own = None if cls.__module__.startswith("transformers.") else cls.config_class
+    return own.from_pretrained(path) if own else AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
 def _described(path: Path) -> tuple[str, Record | None]:

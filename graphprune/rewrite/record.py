@@ -122,7 +122,8 @@ def heeding(cls: type[Model]) -> type[Model]:
 
 
 def save_transformers(model: PreTrainedModel, folder: str | Path, **options: Any) -> None:
-    """``model.save_pretrained``; with modelling code that heeds the record beside it, where the config carries one."""
+    """``model.save_pretrained``; where the config carries a record, with that, and with modelling code that heeds it
+    if the class is transformers' own."""
     record, save = record_of(model.config), type(model).save_pretrained
     if record is None:
         save(model, folder, **options)
@@ -134,7 +135,8 @@ def save_transformers(model: PreTrainedModel, folder: str | Path, **options: Any
     finally:
         if not mapped:
             del model.config.auto_map
-    (Path(folder) / f"{MODELLING}.py").write_text(_modelling(stock))
+    if _is_stock(stock):
+        (Path(folder) / f"{MODELLING}.py").write_text(_modelling(stock))
     (Path(folder) / RECORD).write_text(json.dumps({"class": class_path(stock)} | record))
 
 
@@ -166,8 +168,14 @@ class {cls.__name__}(Reshaped, Stock):
 
 
 def stock_class(cls: type) -> type:
-    """The class of transformers that this is or is made of: that of modelling code which a checkpoint brought is not on its own."""
-    return next((base for base in cls.__mro__ if getattr(transformers, base.__name__, None) is base), cls)
+    """The class of transformers that this is or is made of: that of modelling code which a checkpoint brought is not on its own.
+    One that only builds on a base without a forward (``PreTrainedModel``) is of its own making."""
+    return next((base for base in cls.__mro__ if _is_stock(base)), cls)
+
+
+def _is_stock(cls: type) -> bool:
+    is_base = getattr(cls, "forward", nn.Module.forward) is nn.Module.forward
+    return getattr(transformers, cls.__name__, None) is cls and not is_base
 
 
 def class_path(cls: type) -> str:
