@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from graphprune.alignment import realign
 from graphprune.budget import Budget
 from graphprune.collecting import settled
 from graphprune.cost import cost
@@ -134,6 +135,7 @@ def compile(  # noqa: A001  the product's own verb
     if any(stage.makes is Plan and stage in extras for stage in stages):
         facts[Plan] = recounted(facts[Groups], facts[Plan])
     facts[Plan] = with_repairs(facts[Plan], repairs)
+    notes += realign(pruned.model, facts[Plan])
     return Result(pruned.model, facts[Plan], facts[Groups], pruned, tuple(notes), facts)
 
 

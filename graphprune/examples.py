@@ -58,11 +58,14 @@ def _given(inputs: Mapping[str, Tensor], length: int) -> Iterator[Example]:
 
 
 def _windows(texts: Iterable[str], tokenizer: Any, length: int) -> list[Example]:
-    """Documents, each ended by the end-of-text token, in one row, cut; what is left over is dropped, unless it is all."""
+    """Documents, each ended by the end-of-text token, in one row, cut; what is left over is dropped."""
     end = [] if tokenizer.eos_token_id is None else [torch.tensor([tokenizer.eos_token_id])]
     parts = [part for text in texts for part in (tokenize(tokenizer, text), *end)]
-    windows = torch.split(torch.cat(parts), length) if parts else ()
-    return [Example(ids, ids) for ids in windows if len(ids) == length or ids is windows[0]]
+    row = torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
+    if 1 < len(row) < length:
+        fix = "give more text, or a shorter length"
+        raise UserMistake(f"the text has {len(row)} tokens", why=f"one sequence takes {length}", fix=fix)
+    return [Example(ids, ids) for ids in torch.split(row, length) if len(ids) == length]
 
 
 def _instruction(record: Mapping[str, str], tokenizer: Any, length: int) -> Example:

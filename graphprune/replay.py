@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from graphprune.alignment import realign
 from graphprune.compiler import Result, example_for, recounted, traced
 from graphprune.data import Calibration
 from graphprune.depth import as_groups, rewrite_pieces
@@ -48,5 +49,6 @@ def replay(
     pruned: Pruned = remember(facts[Pruned], model)
     plan = recounted(facts[Groups], plan)
     repairs = plan.options.get("passes", ())
-    notes = (f"the plan was made with {', '.join(repairs)}: what they did to weights is no part of it",) if repairs else ()
-    return Result(pruned.model, plan, facts[Groups], pruned, notes, facts)
+    notes = [f"the plan was made with {', '.join(repairs)}: what they did to weights is no part of it"] if repairs else []
+    notes += realign(pruned.model, plan)
+    return Result(pruned.model, plan, facts[Groups], pruned, tuple(notes), facts)

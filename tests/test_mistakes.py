@@ -152,8 +152,10 @@ def test_a_training_ends_and_has_something_to_learn() -> None:
 
     with pytest.raises(UserMistake, match="nothing to learn"):
         read_examples([], Letters(), 16)
-    (short,) = read_examples(["a few words"], Letters(), 64)
-    assert len(short.ids) == len("a few words") + 1
+    with pytest.raises(UserMistake, match="the text has 12 tokens"):
+        read_examples(["a few words"], Letters(), 64)
+    (whole,) = read_examples(["a few words"], Letters(), 12)
+    assert len(whole.ids) == len("a few words") + 1
     assert [len(example.ids) for example in read_examples(["some more words " * 3], Letters(), 16)] == [16, 16, 16]
 
 
